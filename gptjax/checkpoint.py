@@ -1,0 +1,165 @@
+"""Checkpoints of a run: the only file that knows Orbax.
+
+RUN_DIR/checkpoints/STEP is self-contained: parameters, optimizer state, and in its metadata the
+config, the tokenizer, the fingerprint of the data and the best validation loss.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+
+from gptjax import config as config_lib
+from gptjax.config import TrainConfig
+from gptjax.errors import RunError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a checkpoint knows besides arrays."""
+
+    config: TrainConfig
+    tokenizer: str
+    """`tokenizers.to_json` of the run's tokenizer."""
+    data_fingerprint: str
+    best_val_loss: float | None
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. A context manager: leaving it waits for the last
+    save."""
+
+    def __init__(self, run_dir: Path, keep: int | None = None):
+        """`keep`: the newest checkpoints to keep besides the best; None opens for reading.
+
+        Raises:
+            UserError: opened for reading, and there is no run.
+        """
+        self.directory = run_dir.absolute() / "checkpoints"
+        if keep is None and not self.directory.is_dir():
+            raise UserError(
+                f"no run in {run_dir}: expected a folder that train_jax.py --run-dir has written"
+            )
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(n=1, get_metric_fn=lambda m: m["val_loss"], reverse=True)
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(keep), best] if keep else [policies.PreserveAll()]
+            ),
+            cleanup_tmp_directories=keep is not None,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.wait()
+        self._orbax.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest checkpoint's step; None where there is none."""
+        return self._orbax.latest.step if self._orbax.latest else None
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the lowest validation loss, the newest one where none was measured."""
+        losses = {c.step: c.metrics["val_loss"] for c in self._orbax.checkpoints if c.metrics}
+        return min(losses, key=losses.__getitem__) if losses else self.latest_step
+
+    def resolve(self, name: str) -> int:
+        """The step that "latest", "best" or a number names.
+
+        Raises:
+            UserError: there is none; the ones there are are listed.
+        """
+        steps = [c.step for c in self._orbax.checkpoints]
+        step = {"latest": self.latest_step, "best": self.best_step}.get(name)
+        if step is None and name.isdigit() and int(name) in steps:
+            step = int(name)
+        if step is None:
+            there = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"no checkpoint {name!r} in {self.directory}; there are: {there}")
+        return step
+
+    def save(self, step: int, params: Any, opt_state: Any, facts: Facts, val_loss: float | None):
+        """Start saving in the background; waits only for the save before it.
+
+        Raises:
+            RunError: this save or the one before it failed, for instance on a full disk.
+        """
+        metadata = {
+            "config": json.loads(config_lib.to_json(facts.config)),
+            "tokenizer": facts.tokenizer,
+            "data_fingerprint": facts.data_fingerprint,
+            "best_val_loss": facts.best_val_loss,
+        }
+        try:
+            self._orbax.save_checkpointables_async(
+                step,
+                {"params": params, "opt_state": opt_state},
+                force=True,
+                metrics=None if val_loss is None else {"val_loss": val_loss},
+                custom_metadata=metadata,
+            )
+        except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+            RunError: a save failed.
+        """
+        try:
+            self._orbax.wait()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> RunError:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        if any(sign in str(error) for sign in ("No space left", "Disk quota", "ENOSPC")):
+            reason = "the disk is full"
+        self._orbax.reload()
+        kept = f"step {self.latest_step} is safe" if self.latest_step is not None else "none yet"
+        return RunError(f"cannot save a checkpoint in {self.directory}: {reason} ({kept})")
+
+    def facts(self, step: int) -> Facts:
+        """Raises UserError if the checkpoint is damaged."""
+        where = f"{self.directory}/{step}"
+        try:
+            metadata = self._orbax.checkpointables_metadata(step).custom_metadata
+            return Facts(
+                config_lib.from_json(json.dumps(metadata["config"]), where),
+                metadata["tokenizer"],
+                metadata["data_fingerprint"],
+                metadata["best_val_loss"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint {where} is damaged: {error!r}") from error
+
+    def restore(self, step: int, **targets: Any) -> dict[str, Any]:
+        """Load `params` and/or `opt_state` as given: trees of jax.ShapeDtypeStruct with a
+        sharding each, so that a checkpoint opens on any number of devices.
+
+        Raises:
+            UserError: the checkpoint is damaged or holds another model.
+        """
+        try:
+            return self._orbax.load_checkpointables(step, targets)
+        except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
+            first = str(error).strip().splitlines()[0:1]
+            raise UserError(
+                f"the checkpoint {self.directory}/{step} cannot be read: {first}"
+            ) from error
+
+
+def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """`tree` (arrays or their shapes) as a target for `Checkpoints.restore`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,0 +1,110 @@
+"""Command lines: typed flags out of dataclasses, and failures as one line."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from gptjax.config import flatten
+from gptjax.errors import UserError
+
+Flags = TypeVar("Flags")
+
+
+def parse(
+    default: Flags, argv: Sequence[str], prog: str, positional: str | None = None
+) -> tuple[str | None, Flags]:
+    """(the leading argument that is no flag, `default` overridden by --flags).
+
+    Underscores and hyphens are the same; a boolean flag stands alone, or before True or False.
+    `--help` prints and exits.
+
+    Raises:
+        UserError: every unknown flag (with its near misses) and every ill-typed value.
+    """
+    arguments = _spell_out(argv, default)
+    first = arguments.pop(0) if positional and arguments and arguments[0][0:1] != "-" else None
+    problems: list[str] = []
+    while True:
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                flags = tyro.cli(
+                    type(default),
+                    default=default,
+                    args=arguments,
+                    prog=f"{prog} [{positional}]" if positional else prog,
+                    config=(tyro.conf.FlagConversionOff,),
+                )
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+            message = _one_line(errors.getvalue())
+            problems.append(message)
+            # tyro reports one kind of mistake at a time: leave those flags out and look again.
+            rest = _without(arguments, re.findall(r"--[\w.-]+", message.split(";")[0]))
+            if rest == arguments:
+                break
+            arguments = rest
+        else:
+            break
+    if problems:
+        raise UserError("; ".join(problems) + f" (all flags: {prog} --help)")
+    return first, flags
+
+
+def _spell_out(argv: Sequence[str], default: object) -> list[str]:
+    """`argv` with True after each boolean flag that stands alone."""
+    switches = {name for name, value in flatten(default).items() if isinstance(value, bool)}
+    out = []
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        out.append(argument)
+        is_switch = argument.lstrip("-").replace("-", "_") in switches
+        if is_switch and following not in ("True", "False"):
+            out.append("True")
+    return out
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed error as a sentence."""
+    rows = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines()[1:]]
+    text = " ".join(row for row in rows if row and not row.startswith("For full helptext"))
+    text = re.sub(r"\s*Argument helptext:.*", "", text)
+    text = re.sub(r"\s*\(default: [^)]*\)", "", text)
+    text = text.replace("Unrecognized options:", "unrecognized:").replace("Error parsing ", "")
+    text = re.sub(r"Arguments similar to (\S+):", r"; for \1 perhaps", text)
+    text = re.sub(r"Perhaps you meant:", "; perhaps", text)
+    # Keep the suggested flag's name and type, drop its long description.
+    text = re.sub(r"(perhaps --\S+ \S+).*?(?=; for --|$)", r"\1", text)
+    return text.replace(" ;", ";").strip()
+
+
+def _without(arguments: list[str], flags: list[str]) -> list[str]:
+    """`arguments` less `flags` and their values."""
+    names = {flag.replace("_", "-") for flag in flags}
+    out, dropping = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            dropping = argument.split("=")[0].replace("_", "-") in names
+        if not dropping:
+            out.append(argument)
+    return out
+
+
+def run(main: Callable[[list[str]], None]) -> int:
+    """Call `main` with the command line; the process's exit code."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        sys.stderr.close()
+        return 141
+    return 0

@@ -1,0 +1,370 @@
+"""Text into token files, and token files into batches. numpy only.
+
+    python -m gptjax.data my.txt --tokenizer gpt2 --out data/mine
+
+A prepared set is a folder: `train.bin` and `val.bin` (raw little-endian uint16, or uint32 where
+the vocabulary needs it, as nanoGPT's), `meta.json` and `tokenizer.json`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from gptjax import cli, tokenizers
+from gptjax.config import DataConfig, TokenizerKind
+from gptjax.corpus import find_files, read_documents
+from gptjax.errors import RunError, UserError
+from gptjax.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
+
+# sentencepiece learns from at most this many characters, taken evenly from the whole text.
+SENTENCEPIECE_SAMPLE = 50_000_000
+# A fingerprint reads this many bytes at most, in evenly spaced blocks.
+FINGERPRINT_BYTES = 64 << 20
+FINGERPRINT_BLOCK = 1 << 20
+
+
+# ------------------------------------------------------------------------------- prepare
+
+
+def prepare(config: DataConfig, out: Path, console: Console) -> None:
+    """Tokenise `config.source` into the new folder `out`, which appears only when it is whole.
+
+    Streams: memory stays within a few hundred megabytes whatever the size of the text.
+
+    Raises:
+        UserError: bad text, an existing `out`, a full disk, a vocabulary size that does not fit.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another folder or delete it")
+    files = find_files(config.source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        _prepare_into(unfinished, config, files, console)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, out)
+    except OSError as error:
+        raise RunError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _prepare_into(folder: Path, config: DataConfig, files: list[Path], console: Console) -> None:
+    size = sum(path.stat().st_size for path in files)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        reading = progress.add_task("reading the text", total=size)
+        joint = "\n" if config.tokenizer == "char" else None
+        count, tokenizer = _survey(
+            config, files, size, lambda n: progress.advance(reading, n), joint
+        )
+        n_train = int(count * (1 - config.val_fraction))
+        dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+        work = progress.add_task(f"tokenising ({tokenizer.kind})", total=count)
+
+        tokens = {"train": 0, "val": 0}
+        with (
+            (folder / "train.bin").open("wb") as train,
+            (folder / "val.bin").open("wb") as val,
+        ):
+            sinks = {"train": train, "val": val}
+            todo = _split(_pieces(files, joint), n_train)
+            for split, done, ids in _encode_in_order(todo, tokenizer):
+                sinks[split].write(ids.astype(dtype).tobytes())
+                tokens[split] += len(ids)
+                progress.advance(work, done)
+            for sink in sinks.values():
+                sink.flush()
+                os.fsync(sink.fileno())
+    if min(tokens.values()) < 2:
+        raise UserError(
+            f"{config.source} gives {tokens['train']} training and {tokens['val']} validation"
+            " tokens; expected at least 2 of each: use more text or another --data.val-fraction"
+        )
+    meta = {
+        "source": config.source,
+        "tokenizer": tokenizer.kind,
+        "vocab_size": tokenizer.n_vocab,
+        "dtype": dtype.name,
+        "characters": count,
+        "train_tokens": tokens["train"],
+        "val_tokens": tokens["val"],
+    }
+    (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer))
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    console.print(
+        f"prepared {count:,} characters of {config.source} as {tokens['train']:,} training and"
+        f" {tokens['val']:,} validation tokens ({tokenizer.kind}, {tokenizer.n_vocab:,} ids)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _pieces(files: list[Path], joint: str | None) -> Iterator[str | None]:
+    """The text of all files; between documents stands `joint` (None: the end-of-text token)."""
+    for number, document in enumerate(read_documents(files)):
+        if number:
+            yield joint
+        yield from document
+
+
+def _survey(
+    config: DataConfig,
+    files: list[Path],
+    size: int,
+    advance: Callable[[int], None],
+    joint: str | None,
+) -> tuple[int, Tokenizer]:
+    """Read everything once: (characters, the tokenizer this text needs)."""
+    count, alphabet, sample = 0, set[str](), list[str]()
+    every = max(1, size // SENTENCEPIECE_SAMPLE)
+    for number, piece in enumerate(_pieces(files, joint)):
+        if piece is None:
+            continue
+        count += len(piece)
+        advance(len(piece))
+        if config.tokenizer == "char":
+            alphabet.update(piece)
+        elif config.tokenizer == "sentencepiece" and number % every == 0:
+            sample.append(piece)
+    if config.tokenizer == "char":
+        return count, CharTokenizer("".join(sorted(alphabet)))
+    if config.tokenizer == "gpt2":
+        return count, Gpt2Tokenizer()
+    return count, SentencePieceTokenizer.train(sample, config.sentencepiece_vocab_size)
+
+
+def _split(pieces: Iterator[str | None], n_train: int) -> Iterator[tuple[str, str | None]]:
+    """(split, piece): the first `n_train` characters are for training, as in nanoGPT."""
+    for piece in pieces:
+        if piece is None or len(piece) <= n_train or n_train <= 0:
+            yield ("train" if n_train > 0 else "val"), piece
+        else:
+            yield "train", piece[:n_train]
+            yield "val", piece[n_train:]
+        n_train -= len(piece or "")
+
+
+def _encode_in_order(
+    todo: Iterator[tuple[str, str | None]], tokenizer: Tokenizer
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(split, characters, ids) in order, encoded on all cores; tiktoken and sentencepiece
+    release Python's lock."""
+
+    def encode(split: str, piece: str | None) -> tuple[str, int, np.ndarray]:
+        if piece is None:
+            return split, 0, np.array([tokenizer.eot], dtype=np.int32)
+        return split, len(piece), tokenizer.encode(piece)
+
+    waiting: deque[Future[tuple[str, int, np.ndarray]]] = deque()
+    with ThreadPoolExecutor() as pool:
+        for split, piece in todo:
+            waiting.append(pool.submit(encode, split, piece))
+            if len(waiting) > 2 * (os.cpu_count() or 1):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def default_dir(config: DataConfig) -> Path:
+    """data/NAME-TOKENIZER-DIGEST: a changed text or setting gets a folder of its own."""
+    files = find_files(config.source)
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    asked: list[Any] = [config.tokenizer, config.val_fraction, stats]
+    name = f"{Path(config.source).stem or 'text'}-{config.tokenizer}"
+    if config.tokenizer == "sentencepiece":
+        asked.append(config.sentencepiece_vocab_size)
+        name += str(config.sentencepiece_vocab_size)
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    return Path("data") / f"{safe}-{digest}"
+
+
+# ---------------------------------------------------------------------------------- load
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared set: memory-mapped tokens, their tokenizer, and a fingerprint of their bytes."""
+
+    train: np.ndarray
+    val: np.ndarray
+    tokenizer: Tokenizer
+    fingerprint: str
+
+
+def load(folder: Path) -> Dataset:
+    """Open a prepared set, ours or nanoGPT's (its `meta.pkl` is read without running its code).
+
+    Raises:
+        UserError: parts are missing, damaged, shorter than recorded, or hold unknown token ids.
+    """
+    if not (folder / "train.bin").is_file() or not (folder / "val.bin").is_file():
+        raise UserError(
+            f"{folder} is not a prepared data set: expected train.bin and val.bin in it"
+            " (python -m gptjax.data SOURCE --out FOLDER makes one)"
+        )
+    meta: dict[str, Any] = {}
+    if (folder / "meta.json").is_file():
+        meta, tokenizer = _read_meta(folder)
+    else:
+        tokenizer = _nanogpt_tokenizer(folder)
+    splits = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+        size = path.stat().st_size
+        if size % dtype.itemsize or size == 0:
+            raise UserError(f"{path} is damaged: {size} bytes are not whole {dtype.name} tokens")
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+        if len(tokens) != meta.get(f"{split}_tokens", len(tokens)):
+            raise UserError(
+                f"{path} holds {len(tokens):,} tokens, but meta.json says"
+                f" {meta[f'{split}_tokens']:,}: it is damaged or was replaced; prepare it again"
+            )
+        splits[split] = tokens
+    digest = hashlib.sha256()
+    for split, tokens in splits.items():
+        largest = _fingerprint(tokens, digest)
+        if largest >= tokenizer.n_vocab:
+            raise UserError(
+                f"{folder / split}.bin holds token id {largest}, beyond the {tokenizer.n_vocab} ids"
+                f" of its {tokenizer.kind} tokenizer"
+            )
+    return Dataset(splits["train"], splits["val"], tokenizer, digest.hexdigest())
+
+
+def _read_meta(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
+    where = folder / "meta.json"
+    try:
+        meta = json.loads(where.read_text(encoding="utf-8"))
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is damaged ({error}); prepare it again") from None
+    if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
+        raise UserError(f"{where} is damaged: expected an object with dtype uint16 or uint32")
+    return meta, tokenizers.from_json(text, str(folder / "tokenizer.json"))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain dicts, strings and numbers; refuses to import, and so to run, anything."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+
+
+def _nanogpt_tokenizer(folder: Path) -> Tokenizer:
+    """From nanoGPT's meta.pkl {vocab_size, itos, stoi}; without one its sets are GPT-2 tokens."""
+    path = folder / "meta.pkl"
+    if not path.is_file():
+        return Gpt2Tokenizer()
+    try:
+        with path.open("rb") as file:
+            itos = _PlainUnpickler(file).load()["itos"]
+        return CharTokenizer("".join(itos[i] for i in range(len(itos))))
+    except Exception as error:  # a pickle can fail in any way; none of them may pass
+        raise UserError(f"{path} is not nanoGPT's plain meta.pkl: {error}") from None
+
+
+def _fingerprint(tokens: np.ndarray, digest: Any) -> int:
+    """Feed the length and evenly spaced blocks (all of a small set) to `digest`; the largest id
+    seen."""
+    block = FINGERPRINT_BLOCK // tokens.dtype.itemsize
+    blocks = max(1, min(-(-len(tokens) // block), FINGERPRINT_BYTES // FINGERPRINT_BLOCK))
+    starts = np.linspace(0, max(0, len(tokens) - block), blocks).astype(np.int64)
+    digest.update(len(tokens).to_bytes(8, "little"))
+    largest = 0
+    for start in starts:
+        piece = np.asarray(tokens[start : start + block])
+        digest.update(piece.tobytes())
+        largest = max(largest, int(piece.max()))
+    return largest
+
+
+# ------------------------------------------------------------------------------- batches
+
+
+def batch_at(
+    tokens: np.ndarray, seed: int, step: int, *, batch_size: int, block_size: int
+) -> np.ndarray:
+    """int32 [batch_size, block_size + 1]: random windows, a pure function of (seed, step).
+
+    Philox is counter-based (Salmon et al. 2011) and numpy keeps its raw stream fixed, so step
+    1000 costs what step 0 does, and is the same on every machine and numpy version.
+    """
+    raw = np.random.Philox(key=seed, counter=step << 64).random_raw(batch_size)
+    starts = raw % np.uint64(len(tokens) - block_size)
+    rows = [tokens[start : start + block_size + 1] for start in starts.astype(np.int64)]
+    return np.stack(rows).astype(np.int32)
+
+
+def eval_starts(n_tokens: int, block_size: int, at_most: int | None) -> np.ndarray:
+    """Starts of the non-overlapping windows that cover a split; `at_most` takes evenly spaced
+    ones, the same at every evaluation."""
+    starts = np.arange(0, n_tokens - 1, block_size)
+    if at_most is None or at_most >= len(starts):
+        return starts
+    return starts[np.linspace(0, len(starts) - 1, at_most).astype(np.int64)]
+
+
+def windows_at(
+    tokens: np.ndarray, starts: np.ndarray, block_size: int, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [rows, block_size + 1] windows and float32 [rows, block_size] weights of their
+    targets: 0 past the end of the split, and in rows beyond `starts`."""
+    windows = np.zeros((rows, block_size + 1), dtype=np.int32)
+    weights = np.zeros((rows, block_size), dtype=np.float32)
+    for row, start in enumerate(starts):
+        piece = tokens[start : start + block_size + 1]
+        windows[row, : len(piece)] = piece
+        weights[row, : len(piece) - 1] = 1
+    return windows, weights
+
+
+# ------------------------------------------------------------------------------- command
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareFlags:
+    """Tokenise a text into a folder that train_jax.py --data.dir reads."""
+
+    tokenizer: TokenizerKind = DataConfig.tokenizer
+    """char, gpt2 or sentencepiece."""
+    sentencepiece_vocab_size: int = DataConfig.sentencepiece_vocab_size
+    """Vocabulary of the sentencepiece model, in pieces."""
+    val_fraction: float = DataConfig.val_fraction
+    """Share of the text's characters, at its end, held out for validation, in (0, 1)."""
+    out: str | None = None
+    """The folder to make. None: data/ and a name made from the source."""
+
+
+def main(argv: list[str]) -> None:
+    """`python -m gptjax.data SOURCE [flags]`."""
+    source, flags = cli.parse(PrepareFlags(), argv, "python -m gptjax.data", "SOURCE")
+    if source is None:
+        raise UserError("which text? python -m gptjax.data SOURCE (builtin, shakespeare, a path)")
+    config = DataConfig(source, flags.tokenizer, flags.sentencepiece_vocab_size, flags.val_fraction)
+    if problems := config.problems():
+        raise UserError("; ".join(problems))
+    out = Path(flags.out) if flags.out else default_dir(config)
+    prepare(config, out, Console())
+    print(f"train on it: python train_jax.py --data.dir {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,48 @@
+"""AdamW with nanoGPT's schedule: warm-up, cosine decay, clipping, and decay of matrices only."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.config import TrainConfig
+
+DECAYED = ("kernel", "wte", "wpe", "lm_head")
+UNDECAYED = ("bias", "scale")
+
+
+def learning_rate(config: TrainConfig, step: jax.Array | int) -> jax.Array:
+    """float32 []: the rate of the update that follows `step` updates.
+
+    Linear warm-up that does not waste step 0, then half a cosine down to `min_lr`: nanoGPT's
+    formula (after Loshchilov & Hutter, arXiv:1608.03983).
+    """
+    step = jnp.asarray(step, jnp.float32)
+    peak, least, warmup = config.learning_rate, config.min_lr, config.warmup_steps
+    rising = peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.decay_steps - warmup)
+    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+    return jnp.where(step < warmup, rising, least + cosine * (peak - least))
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: linear kernels and embeddings, by name (stacked blocks
+    make the number of axes useless)."""
+
+    def decays(path: tuple[Any, ...], _: jax.Array) -> bool:
+        name = path[-1].key
+        assert name in DECAYED + UNDECAYED, f"a parameter unknown to the decay mask: {name}"
+        return name in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clip, then AdamW (arXiv:1711.05101) at learning rate -1: the step scales by `learning_rate`
+    of its own counter, so there is one counter to save and to trust."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
+        optax.scale_by_adam(config.beta1, config.beta2),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+    )

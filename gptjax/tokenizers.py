@@ -1,0 +1,232 @@
+"""Text to token ids and back: char, gpt2 and sentencepiece behind one protocol."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+import tiktoken
+from tiktoken_ext import openai_public
+
+from gptjax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project knows of a tokenizer."""
+
+    kind: str
+    n_vocab: int
+    """Ids are 0 ... n_vocab - 1."""
+
+    @property
+    def eot(self) -> int | None:
+        """The id that stands between documents, where there is one."""
+        ...
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        """int32 [n] ids. `decode(encode(text)) == text` for every text the tokenizer can spell.
+
+        Raises:
+            UserError: a character it cannot spell, unless `skip_unknown` leaves it out.
+        """
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; an incomplete UTF-8 sequence becomes U+FFFD."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """All it is made of, as JSON: `from_state` builds it again, without a network."""
+        ...
+
+
+class CharTokenizer:
+    """One id per distinct character, in code point order."""
+
+    kind = "char"
+    eot = None
+
+    def __init__(self, characters: str):
+        """`characters`: every character once; its index is its id."""
+        self.characters = characters
+        self.n_vocab = len(characters)
+        self._code_points = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
+        self._ids = np.full(int(self._code_points.max(initial=0)) + 1, -1, dtype=np.int32)
+        self._ids[self._code_points] = np.arange(self.n_vocab)
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        # surrogatepass: a lone surrogate is a character we do not know, not a crash.
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        known = points < len(self._ids)
+        ids = np.where(known, self._ids[np.where(known, points, 0)], -1)
+        if (ids >= 0).all():
+            return ids
+        if skip_unknown:
+            return ids[ids >= 0]
+        where = int(np.argmax(ids < 0))
+        raise UserError(
+            f"the character {text[where]!r} (U+{ord(text[where]):04X}, at offset {where}) is not"
+            f" among the {self.n_vocab} this tokenizer was built from; remove it"
+            " or leave such characters out with --unknown skip"
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "characters": self.characters}
+
+
+class Gpt2Tokenizer:
+    """GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2), by tiktoken."""
+
+    kind = "gpt2"
+    # Contractions, words, numbers and other runs each with one leading space, then white space:
+    # the pre-tokenisation of GPT-2's released encoder.
+    PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+    def __init__(self, ranks: dict[bytes, int] | None = None):
+        """`ranks`: merged bytes -> id. None: GPT-2's own, which tiktoken downloads once."""
+        if ranks is None:
+            try:
+                ranks = openai_public.gpt2()["mergeable_ranks"]
+            except Exception as error:  # requests' and the file system's, by way of tiktoken
+                raise UserError(
+                    "GPT-2's merges are not on this machine and could not be downloaded"
+                    f" ({type(error).__name__}); point TIKTOKEN_CACHE_DIR at a folder that has"
+                    " them, or choose --data.tokenizer sentencepiece"
+                ) from None
+        assert ranks is not None
+        self.ranks = ranks
+        self.eot = len(ranks)
+        self.n_vocab = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=self.PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eot},
+        )
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        # encode_ordinary: "<|endoftext|>" inside a text is text, not a control token.
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode(list(map(int, ids)))
+
+    def state(self) -> dict[str, Any]:
+        by_rank = sorted(self.ranks, key=self.ranks.__getitem__)
+        lines = [base64.b64encode(piece).decode() for piece in by_rank]
+        return {"kind": self.kind, "pieces": " ".join(lines)}
+
+
+class SentencePieceTokenizer:
+    """A byte-pair model trained on the corpus (Kudo & Richardson 2018), lossless: nothing is
+    normalised, and characters outside the vocabulary are spelled as bytes."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        """`model`: a serialised SentencePiece model.
+
+        Raises:
+            UserError: `model` is not one.
+        """
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"not a sentencepiece model: {error}") from None
+        self.model = model
+        self.n_vocab = self._processor.get_piece_size()
+        self.eot = self._processor.eos_id()
+        # SentencePiece writes a space as U+2581 and NUL ends its strings; a text that holds
+        # either gets it spelled in bytes, which the decoder restores.
+        self._bytes = {
+            char: [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in char.encode()]
+            for char in "\u2581\0"
+        }
+
+    @classmethod
+    def train(cls, pieces: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
+        """Train on `pieces` of text.
+
+        Raises:
+            UserError: the text is too small, or too varied, for `vocab_size` pieces.
+        """
+        # The trainer passes over long lines and never sees line ends, which get their own piece.
+        lines = (line[i : i + 1000] for p in pieces for line in p.split("\n") for i in
+                 range(0, len(line), 1000))  # fmt: skip
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for line in lines if line and "\0" not in line),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                byte_fallback=True,
+                character_coverage=0.9999,
+                user_defined_symbols=["\n"],
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            reason = re.sub(r"^.*\) \[.*?\] ", "", str(error)).strip()
+            raise UserError(
+                f"cannot train a sentencepiece model of {vocab_size} pieces on this text: {reason}"
+                " (set --data.sentencepiece-vocab-size)"
+            ) from None
+        return cls(model.getvalue())
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        ids: list[int] = []
+        for part in re.split("([\u2581\0])", text):
+            ids += self._bytes[part] if part in self._bytes else self._processor.encode(part)
+        return np.array(ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode(list(map(int, ids)))
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "model": base64.b64encode(self.model).decode()}
+
+
+def from_state(state: Any, where: str) -> Tokenizer:
+    """The tokenizer that `state()` described; `where` names the source in errors.
+
+    Raises:
+        UserError: `state` describes none.
+    """
+    try:
+        match state["kind"]:
+            case "char":
+                return CharTokenizer(state["characters"])
+            case "gpt2":
+                pieces = map(base64.b64decode, state["pieces"].split(" "))
+                return Gpt2Tokenizer({piece: rank for rank, piece in enumerate(pieces)})
+            case "sentencepiece":
+                return SentencePieceTokenizer(base64.b64decode(state["model"]))
+            case kind:
+                raise UserError(f"{where}: unknown tokenizer {kind!r}")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{where} does not describe a tokenizer: {error!r}") from None
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    return json.dumps(tokenizer.state())
+
+
+def from_json(text: str, where: str) -> Tokenizer:
+    """The inverse of `to_json`; `where` names the source in errors."""
+    try:
+        state = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    return from_state(state, where)

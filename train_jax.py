@@ -1,0 +1,367 @@
+"""Train a GPT: python train_jax.py [CONFIG.py] [--flags]
+
+Without a config file: configs/quickstart.py, or the run's own settings where --run-dir names a run
+that exists. A run that exists is resumed.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import runpy
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from gptjax import checkpoint, cli, corpus, data, generate, metrics, parallel, tokenizers, train
+from gptjax import config as config_lib
+from gptjax.checkpoint import Checkpoints, Facts
+from gptjax.config import TrainConfig
+from gptjax.data import Dataset
+from gptjax.errors import RunError, UserError
+from gptjax.model import attention_kernel, compute_dtype
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+def read_settings(argv: list[str]) -> TrainConfig:
+    """The config file, or the existing run's settings, or the quickstart; then the flags."""
+    asked = re.search(r"(?:^|\0)--run[-_]dir[=\0]([^\0]+)", "\0".join(argv))
+    run_dir = Path(asked.group(1)) if asked else None
+    has_file = bool(argv) and not argv[0].startswith("-")
+    if has_file:
+        name, default = Path(argv[0]).stem, load_config(Path(argv[0]))
+    elif run_dir and (run_dir / "config.json").is_file():
+        where = run_dir / "config.json"
+        name, default = run_dir.name, config_lib.from_json(where.read_text(), str(where))
+    else:
+        name, default = "quickstart", load_config(CONFIGS / "quickstart.py")
+    _, config = cli.parse(default, argv, "python train_jax.py", "CONFIG.py")
+    config = dataclasses.replace(config, run_dir=config.run_dir or f"runs/{name}")
+    config.validate()
+    return config
+
+
+def load_config(path: Path) -> TrainConfig:
+    """The object `config` of a Python file.
+
+    Raises:
+        UserError: no such file, an error in it, or no TrainConfig of that name.
+    """
+    if not path.is_file():
+        there = ", ".join(f"configs/{p.name}" for p in sorted(CONFIGS.glob("*.py")))
+        raise UserError(f"no config file {path}; there are: {there}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # the file is the user's code: it may raise anything
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path} must set `config = TrainConfig(...)` (from gptjax.config)")
+    return config
+
+
+def open_data(config: TrainConfig, console: Console) -> tuple[TrainConfig, Dataset]:
+    """The prepared set, made first if it is missing; and the config with `data.dir` and the
+    model's vocabulary filled in."""
+    folder = Path(config.data.dir) if config.data.dir else data.default_dir(config.data)
+    if not folder.exists():
+        if config.data.dir and not Path(config.run_dir or "", "config.json").is_file():
+            raise UserError(f"no folder {folder} (--data.dir); python -m gptjax.data makes one")
+        # A resumed run whose set is gone: make it again; its fingerprint is checked below.
+        folder = data.default_dir(config.data)
+        if not folder.exists():
+            data.prepare(config.data, folder, console)
+    dataset = data.load(folder)
+    ids = dataset.tokenizer.n_vocab
+    if config.model.vocab_size is not None and config.model.vocab_size < ids:
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is below the {ids} ids of the"
+            f" {dataset.tokenizer.kind} tokenizer of {folder}; leave it out or raise it"
+        )
+    need = config.model.block_size + 1
+    if len(dataset.train) < need:
+        raise UserError(
+            f"the training split of {folder} has {len(dataset.train)} tokens, but one block needs"
+            f" {need}: use more text or --model.block-size {len(dataset.train) - 1} or less"
+        )
+    return (
+        dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or ids),
+            data=dataclasses.replace(config.data, dir=str(folder.absolute())),
+        ),
+        dataset,
+    )
+
+
+# ------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """One training run in progress: what its parts share."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, checkpoints: Checkpoints):
+        self.config = config
+        self.dataset = dataset
+        self.checkpoints = checkpoints
+        self.run_dir = Path(config.run_dir or "")
+        self.eval_step = parallel.eval_step(config.model)
+        self.best_val_loss: float | None = None
+        self.stop_signal: int | None = None
+        self.state = self._initial_or_resumed()
+        self.first_step = int(parallel.fetch({"step": self.state.step})["step"])
+
+    def _initial_or_resumed(self) -> train.TrainState:
+        step = self.checkpoints.latest_step
+        if step is None:
+            return parallel.replicate(jax.jit(lambda: train.init_state(self.config))())
+        facts = self.checkpoints.facts(step)
+        conflicts = config_lib.resume_conflicts(facts.config, self.config)
+        if facts.data_fingerprint != self.dataset.fingerprint:
+            conflicts.append("data: the tokens are not those the run was trained on")
+        if conflicts:
+            raise UserError(
+                f"{self.run_dir} holds a run with other settings; " + "; ".join(conflicts)
+                + "; resume it without changes, or name another --run-dir"
+            )  # fmt: skip
+        self.best_val_loss = facts.best_val_loss
+        shapes = jax.eval_shape(lambda: train.init_state(self.config))
+        targets = checkpoint.abstract(shapes, parallel.everywhere())
+        loaded = self.checkpoints.restore(step, params=targets.params, opt_state=targets.opt_state)
+        state = train.TrainState(jnp.int32(step), loaded["params"], loaded["opt_state"])
+        return parallel.replicate(state)
+
+    def batch(self, step: int) -> np.ndarray:
+        """This host's share of the batch of one step, laid out for its devices."""
+        model = self.config.model
+        rows = data.batch_at(
+            self.dataset.train,
+            self.config.seed,
+            step,
+            batch_size=self.config.batch_size,
+            block_size=model.block_size,
+        )
+        if rows.max() >= (model.vocab_size or 0):
+            raise RunError(
+                f"token id {rows.max()} in the data of step {step} is beyond the vocabulary of"
+                f" {model.vocab_size}; the set is damaged, prepare it again"
+            )
+        rows = rows[parallel.host_rows(len(rows))]
+        return parallel.split_rows(rows, self.config.gradient_accumulation_steps)
+
+    def evaluate(self) -> float:
+        """Mean validation loss in nats per token, over fixed windows or the whole split."""
+        config, tokens = self.config, self.dataset.val
+        rows = config.batch_size // config.gradient_accumulation_steps
+        at_most = None if config.eval_full_split else config.eval_batches * rows
+        starts = data.eval_starts(len(tokens), config.model.block_size, at_most)
+        loss = count = 0.0
+        for first in range(0, len(starts), rows):
+            windows, weights = data.windows_at(
+                tokens, starts[first : first + rows], config.model.block_size, rows
+            )
+            mine = parallel.host_rows(rows)
+            share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (windows, weights))
+            sums = self.eval_step(self.state.params, *share)
+            got = parallel.fetch({"loss": sums[0], "count": sums[1]})
+            loss, count = loss + got["loss"], count + got["count"]
+        return loss / count
+
+    def save(self, step: int, val_loss: float | None) -> None:
+        """Start a checkpoint of the state after `step` steps."""
+        facts = Facts(
+            self.config,
+            tokenizers.to_json(self.dataset.tokenizer),
+            self.dataset.fingerprint,
+            self.best_val_loss,
+        )
+        one = parallel.unreplicate(self.state)
+        self.checkpoints.save(step, one.params, one.opt_state, facts, val_loss)
+
+    def sample(self) -> str:
+        """A continuation of a line end (of token 0 where the tokenizer knows none)."""
+        tokenizer = self.dataset.tokenizer
+        prompt = tokenizer.encode("\n", skip_unknown=True)
+        prompt = prompt if len(prompt) else np.zeros(1, np.int32)
+        pieces = generate.generate(
+            parallel.first_copy(self.state.params),
+            prompt,
+            self.config.sample_tokens,
+            self.config.model,
+            generate.Sampling(0.8, 200),
+            seed=self.config.seed,
+            overflow="half",
+        )
+        return tokenizer.decode(np.concatenate(list(pieces), axis=1)[0])
+
+    def train(self, display: metrics.Display, log: metrics.Log) -> None:
+        """The loop, from `first_step` to `max_steps` or a stop signal.
+
+        Raises:
+            RunError: a non-finite loss, a failed save, a bad token.
+        """
+        config = self.config
+        save_interval = config.save_interval or config.eval_interval
+        tokens_per_step = config.batch_size * config.model.block_size
+        peak = parallel.peak_flops()
+
+        began = time.perf_counter()
+        train_step = parallel.compile_train_step(config, self.state, self.batch(0))
+        display.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
+
+        def finish(step: int, pending: train.Metrics) -> dict[str, Any]:
+            row = {"step": step} | parallel.fetch(pending)
+            bad = [n for n in ("train_loss", "grad_norm") if not math.isfinite(row[n])]
+            if bad:
+                raise RunError(
+                    f"{bad[0]} became {row[bad[0]]} at step {step}; the last good checkpoint is"
+                    f" step {self.checkpoints.latest_step}; lower --learning-rate or raise"
+                    " --warmup-steps, in another --run-dir"
+                )
+            return row
+
+        clock = metrics.StepClock(log.seconds, self.first_step)
+
+        def report(row: dict[str, Any]) -> None:
+            rate = clock.tokens_per_second(row["step"], tokens_per_step)
+            row |= {"tokens_per_second": rate, "seconds": clock.seconds()}
+            log.append(row)
+            mfu = rate * config.model.flops_per_token() / peak if peak else None
+            left = (config.max_steps - row["step"]) * tokens_per_step / rate
+            display.progress(row, mfu, left)
+
+        if self.first_step == 0:
+            with clock.paused():
+                first_loss = self.evaluate()
+                log.append({"step": 0, "val_loss": first_loss, "seconds": 0.0})
+                display.say(f"step 0: validation loss {first_loss:.4f}")
+
+        pending: tuple[int, train.Metrics] | None = None
+        for done in range(self.first_step + 1, config.max_steps + 1):
+            batch = self.batch(done - 1)
+            self.state, step_metrics = train_step(self.state, batch)
+            # Read the metrics of the step before while this one runs.
+            if pending and (row := finish(*pending)) and row["step"] % config.log_interval == 0:
+                report(row)
+            pending = (done, step_metrics)
+
+            last = done == config.max_steps
+            evaluates = done % config.eval_interval == 0 or last
+            saves = done % save_interval == 0 or last or self.stop_signal is not None
+            if not (evaluates or saves):
+                continue
+            row, pending = finish(done, step_metrics), None
+            val_loss, best = None, False
+            if evaluates:
+                with clock.paused():
+                    val_loss = self.evaluate()
+                    row["val_loss"] = val_loss
+                    best = val_loss < (self.best_val_loss or math.inf)
+                    self.best_val_loss = val_loss if best else self.best_val_loss
+            if evaluates or done % config.log_interval == 0:
+                report(row)
+            with clock.paused():
+                if saves:
+                    self.save(done, val_loss)
+                if val_loss is not None:
+                    display.say(
+                        f"step {done}: validation loss {val_loss:.4f}{' (best)' if best else ''}"
+                    )
+                    if config.sample_tokens and not last:
+                        display.say(self.sample())
+            if self.stop_signal is not None:
+                break
+
+
+def main(argv: list[str]) -> None:
+    config = read_settings(argv)
+    console = Console()
+    config, dataset = open_data(config, console)
+    parallel.start(config)
+    parallel.use_compilation_cache(corpus.cache_dir() / "xla")
+    rows = config.divide_batch(parallel.device_count())
+    kernel, why = attention_kernel(config.model, train=True)
+    if config.model.attention == "cudnn" != kernel:
+        raise UserError(f"--model.attention cudnn does not fit here: {why}")
+
+    run_dir = Path(config.run_dir or "")
+    resume = f"python train_jax.py --run-dir {shlex.quote(str(run_dir))}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
+            run = Run(config, dataset, checkpoints)
+            (run_dir / "config.json").write_text(config_lib.to_json(config) + "\n")
+            with metrics.Display(
+                total=config.max_steps, done=run.first_step, visible=parallel.is_main_host()
+            ) as display:
+                describe(run, display, rows, f"{kernel} ({why})")
+                run_loop(run, display)
+                if run.stop_signal is None:
+                    finale(run, display)
+    except OSError as error:
+        raise RunError(f"{run_dir}: {error.strerror or error}") from error
+    if run.stop_signal is not None:
+        print(f"stopped; saved step {checkpoints.latest_step}. Resume: {resume}")
+        sys.exit(128 + run.stop_signal)
+
+
+def describe(run: Run, display: metrics.Display, rows: int, attention: str) -> None:
+    """What is about to happen, before it takes its time."""
+    config, model = run.config, run.config.model
+    steps = config.gradient_accumulation_steps
+    state = f"resumed at step {run.first_step}" if run.first_step else "new"
+    display.say(
+        f"run        {run.run_dir} ({state})\n"
+        f"data       {os.path.relpath(config.data.dir or '')}:"
+        f" {len(run.dataset.train):,} training and {len(run.dataset.val):,} validation tokens,"
+        f" {run.dataset.tokenizer.kind} tokenizer\n"
+        f"model      {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, block"
+        f" {model.block_size}, {model.vocab_size:,} ids: {model.num_parameters():,} parameters\n"
+        f"devices    {parallel.describe()}, computing in {compute_dtype(model).name}\n"
+        f"attention  {attention}\n"
+        f"batch      {config.batch_size} x {model.block_size} ="
+        f" {config.batch_size * model.block_size:,} tokens per step ({parallel.device_count()}"
+        f" devices x {steps} accumulation steps x {rows} sequences)"
+    )
+
+
+def run_loop(run: Run, display: metrics.Display) -> None:
+    """Train, with Ctrl-C and SIGTERM turned into a saved stop; a second one ends at once."""
+    log = metrics.Log(run.run_dir / "metrics.jsonl", run.first_step)
+    if run.first_step >= run.config.max_steps:
+        display.say(f"this run is complete at step {run.first_step}")
+        return
+
+    def stop(number: int, _: Any) -> None:
+        run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run.train(display, log)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finale(run: Run, display: metrics.Display) -> None:
+    """A sample, and how to get more."""
+    if run.config.sample_tokens:
+        display.say(f"\na sample:\n{run.sample()}\n")
+    command = f"python generate_jax.py --run-dir {shlex.quote(str(run.run_dir))}"
+    display.say(f"more samples: {command} --num-samples 3")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
