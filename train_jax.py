@@ -205,6 +205,15 @@ class Run:
         )
         return tokenizer.decode(np.concatenate(list(pieces), axis=1)[0])
 
+    def first_step_taken(self, train_step: Any, display: metrics.Display) -> train.Metrics:
+        """Take the step that compiles, and say how long that took."""
+        began = time.perf_counter()
+        self.state, step_metrics = train_step(self.state, self.batch(self.first_step))
+        parallel.fetch(step_metrics)
+        seconds = time.perf_counter() - began
+        display.say(f"compiled and took the first step in {seconds:.1f} s")
+        return step_metrics
+
     def train(self, display: metrics.Display, log: metrics.Log) -> None:
         """The loop, from `first_step` to `max_steps` or a stop signal.
 
@@ -215,10 +224,6 @@ class Run:
         save_interval = config.save_interval or config.eval_interval
         tokens_per_step = config.batch_size * config.model.block_size
         peak = parallel.peak_flops()
-
-        began = time.perf_counter()
-        train_step = parallel.compile_train_step(config, self.state, self.batch(0))
-        display.say(f"compiled the training step in {time.perf_counter() - began:.1f} s")
 
         def finish(step: int, pending: train.Metrics) -> dict[str, Any]:
             row = {"step": step} | parallel.fetch(pending)
@@ -231,15 +236,16 @@ class Run:
                 )
             return row
 
-        clock = metrics.StepClock(log.seconds, self.first_step)
+        # The first step compiles: it is timed and reported apart from the speed.
+        clock = metrics.StepClock(log.seconds, self.first_step + 1)
 
         def report(row: dict[str, Any]) -> None:
-            rate = clock.tokens_per_second(row["step"], tokens_per_step)
+            pace = clock.steps_per_second(row["step"])
+            rate = pace and pace * tokens_per_step
             row |= {"tokens_per_second": rate, "seconds": clock.seconds()}
             log.append(row)
-            mfu = rate * config.model.flops_per_token() / peak if peak else None
-            left = (config.max_steps - row["step"]) * tokens_per_step / rate
-            display.progress(row, mfu, left)
+            mfu = rate * config.model.flops_per_token() / peak if rate and peak else None
+            display.progress(row, mfu, pace and (config.max_steps - row["step"]) / pace)
 
         if self.first_step == 0:
             with clock.paused():
@@ -247,10 +253,14 @@ class Run:
                 log.append({"step": 0, "val_loss": first_loss, "seconds": 0.0})
                 display.say(f"step 0: validation loss {first_loss:.4f}")
 
+        train_step = parallel.train_step(config)
         pending: tuple[int, train.Metrics] | None = None
         for done in range(self.first_step + 1, config.max_steps + 1):
-            batch = self.batch(done - 1)
-            self.state, step_metrics = train_step(self.state, batch)
+            if done == self.first_step + 1:
+                with clock.paused():
+                    step_metrics = self.first_step_taken(train_step, display)
+            else:
+                self.state, step_metrics = train_step(self.state, self.batch(done - 1))
             # Read the metrics of the step before while this one runs.
             if pending and (row := finish(*pending)) and row["step"] % config.log_interval == 0:
                 report(row)
@@ -301,7 +311,8 @@ def main(argv: list[str]) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
             run = Run(config, dataset, checkpoints)
-            (run_dir / "config.json").write_text(config_lib.to_json(config) + "\n")
+            if parallel.is_main_host():
+                (run_dir / "config.json").write_text(config_lib.to_json(config) + "\n")
             with metrics.Display(
                 total=config.max_steps, done=run.first_step, visible=parallel.is_main_host()
             ) as display:
@@ -338,7 +349,8 @@ def describe(run: Run, display: metrics.Display, rows: int, attention: str) -> N
 
 def run_loop(run: Run, display: metrics.Display) -> None:
     """Train, with Ctrl-C and SIGTERM turned into a saved stop; a second one ends at once."""
-    log = metrics.Log(run.run_dir / "metrics.jsonl", run.first_step)
+    path = run.run_dir / "metrics.jsonl"
+    log = metrics.Log(path, run.first_step, writes=parallel.is_main_host())
     if run.first_step >= run.config.max_steps:
         display.say(f"this run is complete at step {run.first_step}")
         return

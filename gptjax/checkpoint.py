@@ -6,6 +6,8 @@ config, the tokenizer, the fingerprint of the data and the best validation loss.
 
 import dataclasses
 import json
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ import orbax.checkpoint.experimental.v1 as ocp
 from gptjax import config as config_lib
 from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError
+
+# Orbax logs the traceback of a failed save, then raises it: once is enough.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +127,8 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> RunError:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        if any(sign in str(error) for sign in ("No space left", "Disk quota", "ENOSPC")):
+        reason = _first_line(error)
+        if "No space left" in str(error):
             reason = "the disk is full"
         self._orbax.reload()
         kept = f"step {self.latest_step} is safe" if self.latest_step is not None else "none yet"
@@ -154,10 +158,16 @@ class Checkpoints:
         try:
             return self._orbax.load_checkpointables(step, targets)
         except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
-            first = str(error).strip().splitlines()[0:1]
             raise UserError(
-                f"the checkpoint {self.directory}/{step} cannot be read: {first}"
+                f"the checkpoint {self.directory}/{step} cannot be read: {_first_line(error)}"
             ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The gist of a long message: tensorstore's end in the system's words."""
+    text = str(error).strip() or type(error).__name__
+    system = re.search(r": ([^:]+) \[os_error", text)
+    return system[1] if system else text.splitlines()[0]
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:

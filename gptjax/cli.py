@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ def _spell_out(argv: Sequence[str], default: object) -> list[str]:
     """`argv` with True after each boolean flag that stands alone."""
     switches = {name for name, value in flatten(default).items() if isinstance(value, bool)}
     out = []
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+    for argument, following in itertools.zip_longest(argv, argv[1:]):
         out.append(argument)
         is_switch = argument.lstrip("-").replace("-", "_") in switches
         if is_switch and following not in ("True", "False"):

@@ -58,6 +58,8 @@ def prepare(config: DataConfig, out: Path, console: Console) -> None:
         unfinished.chmod(0o755)
         os.rename(unfinished, out)
     except OSError as error:
+        if out.exists():
+            return  # another process of this run has made the same set meanwhile
         raise RunError(f"cannot write {out}: {error.strerror}") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -43,20 +43,25 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Log:
     """metrics.jsonl of one run, one JSON object a line with FIELDS."""
 
-    def __init__(self, path: Path, resume_step: int):
-        """Rows after `resume_step` belong to steps that will be taken again: they are dropped."""
+    def __init__(self, path: Path, resume_step: int, *, writes: bool = True):
+        """Rows after `resume_step` belong to steps that will be taken again: they are dropped.
+        Only one host `writes`."""
         self._path = path
+        self._writes = writes
         kept = [row for row in read(path) if row["step"] <= resume_step] if path.exists() else []
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
         """Training time, in seconds, up to the last row kept."""
         scratch = path.with_suffix(".tmp")
         self._write(scratch, "w", kept)
-        os.replace(scratch, path)
+        if writes:
+            os.replace(scratch, path)
 
     def append(self, row: dict[str, Any]) -> None:
         self._write(self._path, "a", [row])
 
     def _write(self, path: Path, mode: str, rows: list[dict[str, Any]]) -> None:
+        if not self._writes:
+            return
         try:
             with path.open(mode, encoding="utf-8") as file:
                 file.writelines(json.dumps({f: row.get(f) for f in FIELDS}) + "\n" for row in rows)
@@ -70,7 +75,8 @@ class StepClock:
     """Training time: speed between two reports, with evaluation and saving left out."""
 
     def __init__(self, seconds_before: float, step: int):
-        """`seconds_before`: time the run has taken in earlier processes."""
+        """`seconds_before`: time the run has taken in earlier processes; `step`: the last step
+        that is not timed."""
         self._total = seconds_before
         self._step = step
         self._since = time.perf_counter()
@@ -89,12 +95,12 @@ class StepClock:
         yield
         self._since = time.perf_counter()
 
-    def tokens_per_second(self, step: int, tokens_per_step: int) -> float:
-        """Since the last call."""
+    def steps_per_second(self, step: int) -> float | None:
+        """Since the last call; None where no step was timed since."""
         self._tick()
-        rate = (step - self._step) * tokens_per_step / max(self._interval, 1e-9)
+        steps, seconds = step - self._step, self._interval
         self._step, self._interval = step, 0.0
-        return rate
+        return steps / seconds if steps > 0 and seconds > 0 else None
 
     def seconds(self) -> float:
         """All training time so far."""
@@ -126,16 +132,17 @@ class Display:
         """A line that stays."""
         self._console.print(text, markup=False)
 
-    def progress(self, row: dict[str, Any], mfu: float | None, seconds_left: float) -> None:
-        """One log interval's numbers."""
+    def progress(self, row: dict[str, Any], mfu: float | None, seconds_left: float | None) -> None:
+        """One log interval's numbers; None: not known."""
+        rate = row["tokens_per_second"]
         parts = [
             f"step {row['step']}/{self._total}",
             f"loss {row['train_loss']:.4f}",
             f"lr {row['learning_rate']:.2e}",
             f"grad norm {row['grad_norm']:.2f}",
-            f"{row['tokens_per_second']:,.0f} tokens/s",
+            f"{'-' if rate is None else f'{rate:,.0f}'} tokens/s",
             f"MFU {'unknown' if mfu is None else f'{mfu:.1%}'}",
-            f"{clock(seconds_left)} left",
+            f"{'-' if seconds_left is None else clock(seconds_left)} left",
         ]
         line = " | ".join(parts)
         self._bar.update(self._task, completed=row["step"], description=line)

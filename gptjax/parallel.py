@@ -184,13 +184,11 @@ def fetch(tree: Any) -> dict[str, float]:
     return {name: np.asarray(_local(x)).item() for name, x in tree.items()}
 
 
-def compile_train_step(
-    config: TrainConfig, state: Any, batch: np.ndarray
-) -> Callable[[Any, np.ndarray], tuple[Any, train.Metrics]]:
-    """train.train_step over all devices, compiled for these shapes: stacked state (donated) and
-    batch [local devices, A, b, T + 1] -> the new state and metrics, stacked."""
+def train_step(config: TrainConfig) -> Callable[[Any, np.ndarray], tuple[Any, train.Metrics]]:
+    """train.train_step over all devices: stacked state (donated) and batch [local devices, A, b,
+    T + 1] -> the new state and metrics, stacked."""
     step = functools.partial(train.train_step, config=config, axis_name=AXIS)
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=0).lower(state, batch).compile()
+    return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
 
 
 def eval_step(config: ModelConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:

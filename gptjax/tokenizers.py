@@ -53,7 +53,9 @@ class CharTokenizer:
     eot = None
 
     def __init__(self, characters: str):
-        """`characters`: every character once; its index is its id."""
+        """`characters`: every character once; its index is its id. ValueError otherwise."""
+        if len(set(characters)) < len(characters):
+            raise ValueError("a character is listed twice")
         self.characters = characters
         self.n_vocab = len(characters)
         self._code_points = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
@@ -133,15 +135,8 @@ class SentencePieceTokenizer:
     kind = "sentencepiece"
 
     def __init__(self, model: bytes):
-        """`model`: a serialised SentencePiece model.
-
-        Raises:
-            UserError: `model` is not one.
-        """
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(f"not a sentencepiece model: {error}") from None
+        """`model`: a serialised SentencePiece model; RuntimeError if it is not one."""
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.model = model
         self.n_vocab = self._processor.get_piece_size()
         self.eot = self._processor.eos_id()
@@ -215,7 +210,7 @@ def from_state(state: Any, where: str) -> Tokenizer:
                 return SentencePieceTokenizer(base64.b64decode(state["model"]))
             case kind:
                 raise UserError(f"{where}: unknown tokenizer {kind!r}")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where} does not describe a tokenizer: {error!r}") from None
 
 

@@ -1,0 +1,154 @@
+"""The step: accumulation, devices, dropout keys, and a trajectory against PyTorch."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+import torch_gpt
+
+from gptjax import data, optim, parallel, train
+from gptjax.config import ModelConfig, TrainConfig
+
+MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50)
+CONFIG = TrainConfig(
+    model=MODEL, batch_size=16, max_steps=30, learning_rate=1e-2, min_lr=1e-3, warmup_steps=5
+)
+TOKENS = (np.arange(5000) * 7 + np.random.default_rng(0).integers(0, 3, 5000)) % 50
+
+
+def rows_at(step: int, config: TrainConfig = CONFIG) -> np.ndarray:
+    size = {"batch_size": config.batch_size, "block_size": config.model.block_size}
+    return data.batch_at(TOKENS, config.seed, step, **size)
+
+
+def step_alone(config: TrainConfig = CONFIG):
+    return jax.jit(lambda state, batch: train.train_step(state, batch, config))
+
+
+def assert_close(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def test_accumulated_micro_batches_equal_the_big_batch():
+    state = train.init_state(CONFIG)
+    rows = rows_at(0)
+    big, big_metrics = step_alone()(state, rows[None])
+    small, metrics = step_alone()(state, rows.reshape(4, 4, -1))
+    assert_close(metrics, big_metrics, rtol=1e-5)
+    # Adam's first step divides each gradient by its own size, which magnifies rounding.
+    assert_close(small.params, big.params, rtol=1e-4, atol=1e-5)
+
+
+def test_eight_devices_equal_one():
+    alone = train.init_state(CONFIG)
+    together = parallel.replicate(alone)
+    mapped = parallel.train_step(CONFIG)
+    step = step_alone()
+    for i in range(5):
+        alone, expected = step(alone, rows_at(i)[None])
+        together, metrics = mapped(together, parallel.split_rows(rows_at(i), 1))
+        assert parallel.fetch(metrics)["train_loss"] == pytest.approx(
+            float(expected["train_loss"]), rel=1e-6
+        )
+    assert_close(parallel.first_copy(together).params, alone.params, rtol=1e-3, atol=2e-5)
+
+
+def test_every_device_holds_bitwise_the_same_state_after_steps_with_dropout():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=0.3))
+    state = parallel.replicate(train.init_state(config))
+    step = parallel.train_step(config)
+    for i in range(3):
+        state, _ = step(state, parallel.split_rows(rows_at(i), 1))
+    for leaf in jax.tree.leaves(state):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == 8 and all(np.array_equal(copies[0], c) for c in copies)
+
+
+def test_dropout_keys_differ_across_devices_steps_and_seeds_and_repeat():
+    def keys(seed, step):
+        def key(_):
+            return jax.random.key_data(train.dropout_key(seed, step, "devices"))
+
+        return np.asarray(jax.pmap(key, axis_name="devices")(np.arange(8)))
+
+    asked = [(seed, step) for seed in (0, 1) for step in (0, 1, 1000)]
+    drawn = np.concatenate([keys(*at) for at in asked])
+    assert len(np.unique(drawn, axis=0)) == 8 * len(asked)
+    assert np.array_equal(keys(1, 1000), drawn[-8:])
+
+
+def test_dropout_masks_differ_between_steps_and_repeat_for_the_same_step():
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(MODEL, dropout=0.5), learning_rate=0.0, min_lr=0.0
+    )
+    state, step, rows = train.init_state(config), step_alone(config), rows_at(0)[None]
+    later, first = step(state, rows)  # the parameters do not move: only the step's number does
+    _, second = step(later, rows)
+    _, again = step(state, rows)
+    assert first["train_loss"] == again["train_loss"] != second["train_loss"]
+
+
+def test_thirty_steps_follow_pytorchs_loss_from_the_same_weights():
+    state, step = train.init_state(CONFIG), step_alone()
+    theirs = torch_gpt.load(MODEL, state.params)
+    matrices = [p for p in theirs.parameters() if p.ndim >= 2]
+    vectors = [p for p in theirs.parameters() if p.ndim < 2]
+    adamw = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.99),
+    )
+    losses, expected = [], []
+    for i in range(30):
+        rows = rows_at(i)
+        state, metrics = step(state, rows[None])
+        losses.append(float(metrics["train_loss"]))
+        for group in adamw.param_groups:
+            group["lr"] = float(optim.learning_rate(CONFIG, i))
+        tokens = torch.from_numpy(rows).long()
+        _, loss = theirs(tokens[:, :-1], tokens[:, 1:])
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adamw.step()
+        expected.append(loss.item())
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-2)
+    assert losses[-1] < 0.7 * losses[0]  # and it learns
+
+
+def test_evaluation_is_the_weighted_mean_of_pytorchs_losses():
+    params = train.init_state(CONFIG).params
+    theirs = torch_gpt.load(MODEL, params)
+    windows, weights = data.windows_at(TOKENS[:1000], np.array([0, 990]), 16, 8)
+    stacked = parallel.replicate(params)
+    pieces = (parallel.split_rows(part, 1)[:, 0] for part in (windows, weights))
+    sums = parallel.eval_step(MODEL)(stacked, *pieces)
+    got = parallel.fetch({"loss": sums[0], "count": sums[1]})
+    whole = torch.from_numpy(windows[:1]).long()
+    short = torch.from_numpy(windows[1:2, :10]).long()  # 990 ... 999: nine targets
+    with torch.no_grad():
+        expected = 16 * theirs(whole[:, :-1], whole[:, 1:])[1]
+        expected += 9 * theirs(short[:, :-1], short[:, 1:])[1]
+    assert got["count"] == 25
+    assert got["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_trace_serves_all_steps():
+    traces = []
+
+    def counted(state, batch):
+        traces.append(1)
+        return train.train_step(state, batch, CONFIG)
+
+    step, state = jax.jit(counted), train.init_state(CONFIG)
+    for i in range(4):
+        state, _ = step(state, rows_at(i)[None])
+    assert len(traces) == 1
+
+
+def test_init_follows_the_seed():
+    a, b, c = (train.init_state(dataclasses.replace(CONFIG, seed=s)).params for s in (1, 1, 2))
+    assert np.array_equal(a["wte"], b["wte"]) and not np.array_equal(a["wte"], c["wte"])

@@ -1,0 +1,315 @@
+"""The training command, run as a user runs it: real processes, killed for real."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, SHAKESPEARE, assert_one_clear_line, command_environment
+
+import train_jax
+from gptjax import checkpoint, train
+from gptjax.checkpoint import Checkpoints
+from gptjax.errors import UserError
+
+TRAIN = ROOT / "train_jax.py"
+TINY = (
+    "--data.source text.txt --model.n-layer 2 --model.n-head 2 --model.n-embd 16"
+    " --model.block-size 16 --model.dropout 0.1 --batch-size 8 --max-steps 40 --eval-interval 10"
+    " --log-interval 5 --sample-tokens 20 --num-devices 2"
+).split()
+
+
+def final_state(run_dir: Path, step: int = 40) -> list[np.ndarray]:
+    """Every array of the checkpoint, in order."""
+    with Checkpoints(run_dir) as checkpoints:
+        config = checkpoints.facts(step).config
+        shapes = jax.eval_shape(lambda: train.init_state(config))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = checkpoint.abstract(shapes, here)
+        loaded = checkpoints.restore(step, params=target.params, opt_state=target.opt_state)
+    return [np.asarray(x) for x in jax.tree.leaves(loaded)]
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    for x, y in zip(final_state(a), final_state(b), strict=True):
+        assert np.array_equal(x, y)
+
+
+def logged(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without its timing fields."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: r[k] for k in r if k not in ("seconds", "tokens_per_second")} for r in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache_dir):
+    """A finished run and its folder; the text beside it."""
+    from conftest import TEXT
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "text.txt").write_text(TEXT)
+    result = subprocess.run(
+        [sys.executable, TRAIN, *TINY, "--run-dir", "run"],
+        cwd=folder, env=command_environment(cache_dir), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result
+
+
+# -------------------------------------------------------------------------- what it shows
+
+
+def test_a_run_prepares_trains_evaluates_saves_and_prints_a_sample(uninterrupted):
+    run_dir, result = uninterrupted
+    out = result.stdout
+    assert not result.stderr, "warnings on start-up are defects"
+    for words in ("prepared", "2 x cpu", "attention  xla", "compiled and took the first step in",
+                  "step 40/40 | loss", "MFU unknown", "step 40: validation loss", "a sample:",
+                  "python generate_jax.py --run-dir run"):  # fmt: skip
+        assert words in out
+    rows = logged(run_dir)
+    assert [row["step"] for row in rows] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert [row["step"] for row in rows if row["val_loss"]] == [0, 10, 20, 30, 40]
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+    assert 3.5 < rows[0]["val_loss"] < 4.2  # ln of the vocabulary of about 45
+    assert all(np.isfinite(row["grad_norm"]) for row in rows[1:])
+    assert "batch      8 x 16 = 128 tokens per step" in out
+
+
+def test_the_same_command_again_finds_the_run_complete(uninterrupted, cache_dir):
+    run_dir, _ = uninterrupted
+    before = logged(run_dir)
+    result = subprocess.run(
+        [sys.executable, TRAIN, "--run-dir", "run"], cwd=run_dir.parent,
+        env=command_environment(cache_dir), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0 and "complete at step 40" in result.stdout
+    assert logged(run_dir) == before
+
+
+# ------------------------------------------------------------------------------ resuming
+
+
+def start(tmp_path: Path, cache_dir: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, TRAIN, *TINY, "--run-dir", "run", *more],
+        cwd=tmp_path, env=command_environment(cache_dir), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(process: subprocess.Popen, words: str) -> str:
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if words in line:
+            return seen
+    raise AssertionError(f"{words!r} never came: {seen} {process.stderr.read()}")
+
+
+def test_killed_and_resumed_equals_uninterrupted_bitwise(
+    uninterrupted, tmp_path, text_file, cache_dir, command
+):
+    process = start(tmp_path, cache_dir)
+    wait_for(process, "step 25/40")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_at = [row["step"] for row in logged(tmp_path / "run")][-1]
+    assert killed_at < 40
+    result = command(TRAIN, "--run-dir", "run")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"resumed at step (10|20|30)", result.stdout)
+    assert_same_state(uninterrupted[0], tmp_path / "run")
+    assert logged(uninterrupted[0]) == logged(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_signal_saves_says_how_to_resume_and_loses_nothing(
+    uninterrupted, tmp_path, text_file, cache_dir, command, number, code
+):
+    process = start(tmp_path, cache_dir)
+    wait_for(process, "step 15/40")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code, err
+    saved = int(re.search(r"saved step (\d+)\. Resume: python train_jax.py --run-dir run", out)[1])
+    assert 15 <= saved < 40
+    result = command(TRAIN, "--run-dir", "run")
+    assert result.returncode == 0 and f"resumed at step {saved}" in result.stdout
+    assert_same_state(uninterrupted[0], tmp_path / "run")
+    assert logged(uninterrupted[0]) == logged(tmp_path / "run")
+
+
+def test_a_resume_with_other_settings_is_refused_with_both_values(uninterrupted, cache_dir):
+    run_dir, _ = uninterrupted
+
+    def resume(*flags):
+        return subprocess.run(
+            [sys.executable, TRAIN, "--run-dir", "run", *flags], cwd=run_dir.parent,
+            env=command_environment(cache_dir), capture_output=True, text=True,
+        )  # fmt: skip
+
+    before = final_state(run_dir)
+    assert_one_clear_line(
+        resume("--learning-rate", "0.5", "--model.n-layer", "3"),
+        "model.n_layer: 2 in the run, 3 now", "learning_rate: 0.002 in the run, 0.5 now",
+    )  # fmt: skip
+    assert all(map(np.array_equal, before, final_state(run_dir)))
+
+
+def test_another_text_is_noticed_by_its_fingerprint(uninterrupted, tmp_path, cache_dir, command):
+    run_dir, _ = uninterrupted
+    import shutil
+
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    shutil.copytree(config["data"]["dir"], tmp_path / "set")
+    tokens = np.fromfile(tmp_path / "set" / "train.bin", "<u2")
+    tokens[100] = (tokens[100] + 1) % 10
+    tokens.tofile(tmp_path / "set" / "train.bin")
+    result = command(TRAIN, "--run-dir", "run", "--data.dir", "set")
+    assert_one_clear_line(result, "the tokens are not those the run was trained on")
+
+
+def test_two_processes_train_as_one_does(uninterrupted, tmp_path, text_file, cache_dir):
+    """Two real processes with one CPU device each, over gloo: the same losses as two devices in
+    one process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    # Without dropout, whose masks follow the device's number all the same.
+    for rank in range(2):
+        environment = command_environment(
+            cache_dir, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(rank),
+        )  # fmt: skip
+        flags = [*TINY[:-1], "1", "--run-dir", "run"]
+        processes.append(subprocess.Popen(
+            [sys.executable, TRAIN, *flags], cwd=tmp_path, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ))  # fmt: skip
+        if rank == 0:  # both would prepare the set; the first does
+            while not list(tmp_path.glob("data/*/meta.json")):
+                assert processes[0].poll() is None, processes[0].communicate()
+                time.sleep(0.05)
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 x cpu on 2 hosts" in outputs[0][0]
+    assert "step 40/40" not in outputs[1][0]  # only the first host reports
+    ours, alone = logged(tmp_path / "run"), logged(uninterrupted[0])
+    assert [row["step"] for row in ours] == [row["step"] for row in alone]
+    for a, b in zip(ours[1:], alone[1:], strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
+    for x, y in zip(final_state(tmp_path / "run"), final_state(uninterrupted[0]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model.n-layr 4", ["--model.n-layr", "perhaps --model.n-layer"]),
+        ("--max-steps many", ["--max-steps", "'many'"]),
+        ("--model.n-head 3 --batch-size 0", ["n_embd 16", "n_head 3", "batch_size 0"]),
+        ("--batch-size 9", ["batch_size 9 does not divide over 2 device(s)", "use 8 or 10"]),
+        ("--model.block-size 100000", ["has", "tokens, but one block needs 100001"]),
+        ("--model.vocab-size 5", ["model.vocab_size 5 is below the"]),
+        ("--device gpu", ["--device gpu: JAX finds no gpu here"]),
+        ("--data.source nope.txt", ["no text at 'nope.txt'"]),
+        ("--data.dir nope", ["no folder nope"]),
+        ("--model.attention cudnn", ["cudnn does not fit here", "needs a GPU"]),
+        ("--data.tokenizer sentencepiece --data.sentencepiece-vocab-size 99", ["99 pieces"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(command, text_file, tmp_path, flags, words):
+    result = command(TRAIN, *TINY, "--run-dir", "run", *flags.split())
+    assert_one_clear_line(result, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(
+    command, text_file, tmp_path
+):
+    flags = "--learning-rate 1e30 --min-lr 0 --grad-clip 0 --warmup-steps 12 --eval-interval 1"
+    result = command(TRAIN, *TINY, "--run-dir", "run", *flags.split())
+    assert_one_clear_line(result, "became", "at step", "the last good checkpoint is", code=1)
+    bad = int(re.search(r"at step (\d+)", result.stderr)[1])
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest_step is None or checkpoints.latest_step < bad
+        if checkpoints.latest_step:
+            state = final_state(tmp_path / "run", checkpoints.latest_step)
+            assert all(np.isfinite(x).all() for x in state)
+
+
+def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_survives(
+    uninterrupted, tmp_path, text_file, command
+):
+    """A real limit on file size stands in for a full disk: every write past it fails."""
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv.pop(0);"
+        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0]);"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    data_dir = json.loads((uninterrupted[0] / "config.json").read_text())["data"]["dir"]
+    result = command("-c", limited, TRAIN, *TINY, "--run-dir", "run", "--data.dir", data_dir)
+    assert_one_clear_line(result, "cannot save a checkpoint", code=1)
+
+
+# ------------------------------------------------------------------------------ settings
+
+
+def test_config_files_that_are_wrong_say_how(tmp_path):
+    cases = {
+        "syntax.py": ("config = (", "SyntaxError"),
+        "type.py": ("from gptjax.config import TrainConfig\nconfig = TrainConfig(n=1)", "'n'"),
+        "empty.py": ("", "must set `config = TrainConfig(...)`"),
+    }
+    for name, (text, words) in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as caught:
+            train_jax.load_config(tmp_path / name)
+        assert name in str(caught.value) and words in str(caught.value)
+    with pytest.raises(UserError, match=r"there are: .*configs/quickstart\.py"):
+        train_jax.load_config(tmp_path / "nope.py")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_is_valid(path):
+    train_jax.load_config(path).validate()
+
+
+def test_nanogpts_settings_are_what_the_config_files_say():
+    small = train_jax.load_config(ROOT / "configs" / "shakespeare_char_cpu.py")
+    model = small.model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (4, 4, 128, 64)
+    assert (model.dropout, small.batch_size, small.max_steps) == (0.0, 12, 2000)
+    assert (small.learning_rate, small.min_lr) == (1e-3, 1e-4)
+    assert (small.warmup_steps, small.beta2, small.eval_full_split) == (100, 0.99, True)
+    model = train_jax.load_config(ROOT / "configs" / "shakespeare_char.py").model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (6, 6, 384, 256)
+    sized = train_jax.dataclasses.replace(model, vocab_size=65)
+    position = 256 * 384  # nanoGPT's 10.65M counts no position embeddings
+    assert round((sized.num_parameters() - position) / 1e6, 2) == 10.65
+
+
+@pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="Tiny Shakespeare is not on this machine")
+def test_the_large_shakespeare_setting_takes_a_step_on_the_cpu(command, tmp_path):
+    config = ROOT / "configs" / "shakespeare_char.py"
+    few = "--max-steps 2 --eval-batches 1 --eval-full-split False --sample-tokens 0 --batch-size 4"
+    result = command(TRAIN, config, *few.split(), GPTJAX_CACHE_DIR=str(SHAKESPEARE.parent))
+    assert result.returncode == 0, result.stderr
+    assert "step 2/2" in result.stdout
+    assert os.listdir(tmp_path / "runs") == ["shakespeare_char"]
