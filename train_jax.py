@@ -71,6 +71,13 @@ def load_config(path: Path) -> TrainConfig:
     return config
 
 
+def write_settings(path: Path, config: TrainConfig) -> None:
+    """All at once, so that a kill leaves the old file or the new one."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(config_lib.to_json(config) + "\n")
+    os.replace(scratch, path)
+
+
 def open_data(config: TrainConfig, console: Console) -> tuple[TrainConfig, Dataset]:
     """The prepared set, made first if it is missing; and the config with `data.dir` and the
     model's vocabulary filled in."""
@@ -176,6 +183,11 @@ class Run:
             sums = self.eval_step(self.state.params, *share)
             got = parallel.fetch({"loss": sums[0], "count": sums[1]})
             loss, count = loss + got["loss"], count + got["count"]
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the validation loss became {loss}; the last good checkpoint is step"
+                f" {self.checkpoints.latest_step}"
+            )
         return loss / count
 
     def save(self, step: int, val_loss: float | None) -> None:
@@ -312,7 +324,7 @@ def main(argv: list[str]) -> None:
         with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
             run = Run(config, dataset, checkpoints)
             if parallel.is_main_host():
-                (run_dir / "config.json").write_text(config_lib.to_json(config) + "\n")
+                write_settings(run_dir / "config.json", config)
             with metrics.Display(
                 total=config.max_steps, done=run.first_step, visible=parallel.is_main_host()
             ) as display:

@@ -260,8 +260,9 @@ def resume_conflicts(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
     """What differs and would make the resumed run another run, a line a setting."""
     old, new = flatten(saved), flatten(wanted)
     old["lr_decay_steps"], new["lr_decay_steps"] = saved.decay_steps, wanted.decay_steps
+    advice = {"lr_decay_steps": f" (to train longer, add --lr-decay-steps {saved.decay_steps})"}
     return [
-        f"{name}: {old[name]!r} in the run, {new[name]!r} now"
+        f"{name}: {old[name]!r} in the run, {new[name]!r} now{advice.get(name, '')}"
         for name in old
         if old[name] != new[name] and name not in RESUME_MAY_CHANGE
     ]

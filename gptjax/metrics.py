@@ -44,11 +44,12 @@ class Log:
     """metrics.jsonl of one run, one JSON object a line with FIELDS."""
 
     def __init__(self, path: Path, resume_step: int, *, writes: bool = True):
-        """Rows after `resume_step` belong to steps that will be taken again: they are dropped.
-        Only one host `writes`."""
+        """Rows after `resume_step` (all of them where it is 0) belong to steps that will be taken
+        again: they are dropped. Only one host `writes`."""
         self._path = path
         self._writes = writes
-        kept = [row for row in read(path) if row["step"] <= resume_step] if path.exists() else []
+        rows = read(path) if resume_step and path.exists() else []
+        kept = [row for row in rows if row["step"] <= resume_step]
         self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
         """Training time, in seconds, up to the last row kept."""
         scratch = path.with_suffix(".tmp")

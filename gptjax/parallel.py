@@ -78,7 +78,12 @@ def _cpu_devices(config: TrainConfig) -> int:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs on disk, small ones too, so that a second start compiles nothing."""
+    """Keep compiled programs on disk, small ones too, so that a second start compiles nothing.
+    Where `folder` cannot be written, do without."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -98,7 +98,9 @@ def test_a_resume_may_move_and_report_otherwise_but_not_train_otherwise():
 def test_more_steps_conflict_only_where_they_would_change_the_schedule():
     saved = TrainConfig(max_steps=100)
     longer = dataclasses.replace(saved, max_steps=200)
-    assert config_lib.resume_conflicts(saved, longer) == ["lr_decay_steps: 100 in the run, 200 now"]
+    assert config_lib.resume_conflicts(saved, longer) == [
+        "lr_decay_steps: 100 in the run, 200 now (to train longer, add --lr-decay-steps 100)"
+    ]
     assert not config_lib.resume_conflicts(saved, dataclasses.replace(longer, lr_decay_steps=100))
 
 

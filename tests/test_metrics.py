@@ -36,6 +36,13 @@ def test_a_resume_drops_the_rows_that_come_again_and_goes_on_counting_time(tmp_p
     ]  # fmt: skip
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics.Log(path, 0).append(row(0))
+    metrics.Log(path, 0).append(row(0))
+    assert len(metrics.read(path)) == 1
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out_but_damage_elsewhere_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(row(1)) + "\n" + '{"step": 2, "tr')
