@@ -18,7 +18,7 @@ FACTS = Facts(CONFIG, '{"kind": "char", "characters": "ab"}', "f00d", 2.5)
 
 @pytest.fixture(scope="module")
 def state():
-    return train.init_state(CONFIG)
+    return jax.jit(lambda: train.init_state(CONFIG))()
 
 
 def save(checkpoints, step, state, val_loss=None):

@@ -18,6 +18,9 @@ CONFIG = TrainConfig(
 TOKENS = (np.arange(5000) * 7 + np.random.default_rng(0).integers(0, 3, 5000)) % 50
 
 
+init_state = jax.jit(train.init_state, static_argnums=0)
+
+
 def rows_at(step: int, config: TrainConfig = CONFIG) -> np.ndarray:
     size = {"batch_size": config.batch_size, "block_size": config.model.block_size}
     return data.batch_at(TOKENS, config.seed, step, **size)
@@ -33,7 +36,7 @@ def assert_close(a, b, **tolerance):
 
 
 def test_accumulated_micro_batches_equal_the_big_batch():
-    state = train.init_state(CONFIG)
+    state = init_state(CONFIG)
     rows = rows_at(0)
     big, big_metrics = step_alone()(state, rows[None])
     small, metrics = step_alone()(state, rows.reshape(4, 4, -1))
@@ -43,7 +46,7 @@ def test_accumulated_micro_batches_equal_the_big_batch():
 
 
 def test_eight_devices_equal_one():
-    alone = train.init_state(CONFIG)
+    alone = init_state(CONFIG)
     together = parallel.replicate(alone)
     mapped = parallel.train_step(CONFIG)
     step = step_alone()
@@ -58,7 +61,7 @@ def test_eight_devices_equal_one():
 
 def test_every_device_holds_bitwise_the_same_state_after_steps_with_dropout():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=0.3))
-    state = parallel.replicate(train.init_state(config))
+    state = parallel.replicate(init_state(config))
     step = parallel.train_step(config)
     for i in range(3):
         state, _ = step(state, parallel.split_rows(rows_at(i), 1))
@@ -84,7 +87,7 @@ def test_dropout_masks_differ_between_steps_and_repeat_for_the_same_step():
     config = dataclasses.replace(
         CONFIG, model=dataclasses.replace(MODEL, dropout=0.5), learning_rate=0.0, min_lr=0.0
     )
-    state, step, rows = train.init_state(config), step_alone(config), rows_at(0)[None]
+    state, step, rows = init_state(config), step_alone(config), rows_at(0)[None]
     later, first = step(state, rows)  # the parameters do not move: only the step's number does
     _, second = step(later, rows)
     _, again = step(state, rows)
@@ -92,7 +95,7 @@ def test_dropout_masks_differ_between_steps_and_repeat_for_the_same_step():
 
 
 def test_thirty_steps_follow_pytorchs_loss_from_the_same_weights():
-    state, step = train.init_state(CONFIG), step_alone()
+    state, step = init_state(CONFIG), step_alone()
     theirs = torch_gpt.load(MODEL, state.params)
     matrices = [p for p in theirs.parameters() if p.ndim >= 2]
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
@@ -120,7 +123,7 @@ def test_thirty_steps_follow_pytorchs_loss_from_the_same_weights():
 
 
 def test_evaluation_is_the_weighted_mean_of_pytorchs_losses():
-    params = train.init_state(CONFIG).params
+    params = init_state(CONFIG).params
     theirs = torch_gpt.load(MODEL, params)
     windows, weights = data.windows_at(TOKENS[:1000], np.array([0, 990]), 16, 8)
     stacked = parallel.replicate(params)
@@ -143,12 +146,12 @@ def test_one_trace_serves_all_steps():
         traces.append(1)
         return train.train_step(state, batch, CONFIG)
 
-    step, state = jax.jit(counted), train.init_state(CONFIG)
+    step, state = jax.jit(counted), init_state(CONFIG)
     for i in range(4):
         state, _ = step(state, rows_at(i)[None])
     assert len(traces) == 1
 
 
 def test_init_follows_the_seed():
-    a, b, c = (train.init_state(dataclasses.replace(CONFIG, seed=s)).params for s in (1, 1, 2))
+    a, b, c = (init_state(dataclasses.replace(CONFIG, seed=s)).params for s in (1, 1, 2))
     assert np.array_equal(a["wte"], b["wte"]) and not np.array_equal(a["wte"], c["wte"])
