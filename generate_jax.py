@@ -47,7 +47,7 @@ class GenerateFlags:
     ignore_end_of_text: bool = False
     """Go on after the token that ends a document."""
     stream: bool = False
-    """Print tokens as they come (one sample only)."""
+    """Print the first sample's tokens as they come."""
     overflow: generate.Overflow = "exact"
     """Past the model's block_size. exact: as an uncached model that sees the last block_size
     tokens; half: drop the older half and go on, much faster; stop: end there."""
@@ -66,8 +66,9 @@ class GenerateFlags:
             out.append(f"--temperature {self.temperature} must be a number of at least 0")
         if not 0 < self.top_p <= 1:
             out.append(f"--top-p {self.top_p} is outside (0, 1]")
-        if self.stream and self.num_samples != 1:
-            out.append("--stream shows one sample; leave --num-samples at 1")
+        for name, limit in (("seed", 2**32), ("top_k", 2**31)):
+            if getattr(self, name) >= limit:
+                out.append(f"--{name.replace('_', '-')} must be below {limit}")
         if "" in self.stop:
             out.append("--stop must not be empty")
         return out
@@ -86,9 +87,10 @@ def load_run(flags: GenerateFlags) -> tuple[int, Facts, Params]:
 
 def read_prompt(flags: GenerateFlags) -> str:
     """The prompt's text, from the flag, a file or standard input."""
-    if flags.prompt_file is None:
-        return flags.prompt
     try:
+        if flags.prompt_file is None:
+            # Arguments that are not UTF-8 come as lone surrogates.
+            return flags.prompt.encode(errors="surrogateescape").decode()
         if flags.prompt_file == "-":
             return sys.stdin.buffer.read().decode()
         return Path(flags.prompt_file).read_bytes().decode()
@@ -97,7 +99,8 @@ def read_prompt(flags: GenerateFlags) -> str:
             f"cannot read --prompt-file {flags.prompt_file}: {error.strerror}"
         ) from None
     except UnicodeDecodeError:
-        raise UserError(f"--prompt-file {flags.prompt_file} is not UTF-8 text") from None
+        where = "--prompt" if flags.prompt_file is None else f"--prompt-file {flags.prompt_file}"
+        raise UserError(f"{where} is not UTF-8 text") from None
 
 
 class Sample:
@@ -135,8 +138,6 @@ class Sample:
 
 def main(argv: list[str]) -> None:
     _, flags = cli.parse(GenerateFlags(), argv, "python generate_jax.py")
-    if problems := flags.problems():
-        raise UserError("; ".join(problems))
     prompt_text = read_prompt(flags)
     parallel.use_platform(flags.device)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
@@ -173,13 +174,11 @@ def main(argv: list[str]) -> None:
             shown = len(settled)
         if all(sample.ended for sample in samples):
             break
-    if flags.stream:
-        print(samples[0].text[shown:])
-    else:
-        for sample in samples:
-            print(prompt_text + sample.text)
-            if len(samples) > 1:
-                print("---------------")
+    for number, sample in enumerate(samples):
+        streamed = flags.stream and number == 0
+        print(sample.text[shown:] if streamed else prompt_text + sample.text)
+        if len(samples) > 1:
+            print("---------------")
     seconds = time.perf_counter() - began
     print(
         f"[{flags.run_dir}, step {step}: {made} tokens x {flags.num_samples} in {seconds:.1f} s]",

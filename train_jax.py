@@ -5,6 +5,8 @@ that exists. A run that exists is resumed.
 """
 
 import dataclasses
+import difflib
+import functools
 import math
 import os
 import re
@@ -48,9 +50,7 @@ def read_settings(argv: list[str]) -> TrainConfig:
     else:
         name, default = "quickstart", load_config(CONFIGS / "quickstart.py")
     _, config = cli.parse(default, argv, "python train_jax.py", "CONFIG.py")
-    config = dataclasses.replace(config, run_dir=config.run_dir or f"runs/{name}")
-    config.validate()
-    return config
+    return dataclasses.replace(config, run_dir=config.run_dir or f"runs/{name}")
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -65,10 +65,19 @@ def load_config(path: Path) -> TrainConfig:
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:  # the file is the user's code: it may raise anything
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path}: {type(error).__name__}: {error}{_near_miss(error)}") from None
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path} must set `config = TrainConfig(...)` (from gptjax.config)")
-    return config
+    # Python checks no types of fields; our reader of JSON does.
+    return config_lib.from_json(config_lib.to_json(config), str(path))
+
+
+def _near_miss(error: Exception) -> str:
+    """The setting that an unknown keyword argument may have meant."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'$", str(error))
+    names = [name.split(".")[-1] for name in config_lib.flatten(TrainConfig())]
+    near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def write_settings(path: Path, config: TrainConfig) -> None:
@@ -91,10 +100,11 @@ def open_data(config: TrainConfig, console: Console) -> tuple[TrainConfig, Datas
             data.prepare(config.data, folder, console)
     dataset = data.load(folder)
     ids = dataset.tokenizer.n_vocab
-    if config.model.vocab_size is not None and config.model.vocab_size < ids:
+    if config.model.vocab_size not in (None, ids):
         raise UserError(
-            f"model.vocab_size {config.model.vocab_size} is below the {ids} ids of the"
-            f" {dataset.tokenizer.kind} tokenizer of {folder}; leave it out or raise it"
+            f"model.vocab_size {config.model.vocab_size} is not the {ids} ids of the"
+            f" {dataset.tokenizer.kind} tokenizer of {folder}; leave it out"
+            " (--model.vocab-multiple 64 pads the embedding)"
         )
     need = config.model.block_size + 1
     if len(dataset.train) < need:
@@ -105,7 +115,7 @@ def open_data(config: TrainConfig, console: Console) -> tuple[TrainConfig, Datas
     return (
         dataclasses.replace(
             config,
-            model=dataclasses.replace(config.model, vocab_size=config.model.vocab_size or ids),
+            model=dataclasses.replace(config.model, vocab_size=ids),
             data=dataclasses.replace(config.data, dir=str(folder.absolute())),
         ),
         dataset,
@@ -123,9 +133,17 @@ class Run:
         self.dataset = dataset
         self.checkpoints = checkpoints
         self.run_dir = Path(config.run_dir or "")
-        self.eval_step = parallel.eval_step(config.model)
+        self.train_step = parallel.map_train_step(
+            functools.partial(train.train_step, config=config)
+        )
+        self.eval_step = parallel.map_eval_step(
+            functools.partial(train.eval_step, config=config.model)
+        )
         self.best_val_loss: float | None = None
-        self.stop_signal: int | None = None
+        self.stop_signal = 0
+        """The signal that this host has received."""
+        self.stopped_by = 0
+        """The signal on which all hosts stopped."""
         self.state = self._initial_or_resumed()
         self.first_step = int(parallel.fetch({"step": self.state.step})["step"])
 
@@ -136,15 +154,20 @@ class Run:
         facts = self.checkpoints.facts(step)
         conflicts = config_lib.resume_conflicts(facts.config, self.config)
         if facts.data_fingerprint != self.dataset.fingerprint:
-            conflicts.append("data: the tokens are not those the run was trained on")
+            conflicts.append(
+                f"the tokens: fingerprint {facts.data_fingerprint[:12]} in the run,"
+                f" {self.dataset.fingerprint[:12]} in {self.config.data.dir} now"
+            )
         if conflicts:
             raise UserError(
                 f"{self.run_dir} holds a run with other settings; " + "; ".join(conflicts)
                 + "; resume it without changes, or name another --run-dir"
             )  # fmt: skip
-        self.best_val_loss = facts.best_val_loss
+        measures = [(c.eval_batches, c.eval_full_split) for c in (facts.config, self.config)]
+        if measures[0] == measures[1]:  # else the old best is of another measure
+            self.best_val_loss = facts.best_val_loss
         shapes = jax.eval_shape(lambda: train.init_state(self.config))
-        targets = checkpoint.abstract(shapes, parallel.everywhere())
+        targets = checkpoint.abstract(shapes, parallel.one_per_host())
         loaded = self.checkpoints.restore(step, params=targets.params, opt_state=targets.opt_state)
         state = train.TrainState(jnp.int32(step), loaded["params"], loaded["opt_state"])
         return parallel.replicate(state)
@@ -158,31 +181,41 @@ class Run:
             step,
             batch_size=self.config.batch_size,
             block_size=model.block_size,
+            rows=parallel.host_rows(self.config.batch_size),
         )
-        if rows.max() >= (model.vocab_size or 0):
-            raise RunError(
-                f"token id {rows.max()} in the data of step {step} is beyond the vocabulary of"
-                f" {model.vocab_size}; the set is damaged, prepare it again"
-            )
-        rows = rows[parallel.host_rows(len(rows))]
+        self._check_ids(rows)
         return parallel.split_rows(rows, self.config.gradient_accumulation_steps)
 
-    def evaluate(self) -> float:
-        """Mean validation loss in nats per token, over fixed windows or the whole split."""
+    def _check_ids(self, tokens: np.ndarray) -> None:
+        # JAX clamps an index out of range, without a word.
+        vocab_size = self.config.model.vocab_size or 0
+        if tokens.max() >= vocab_size:
+            raise RunError(
+                f"the data hold token id {tokens.max()}, beyond the vocabulary of {vocab_size};"
+                " the set is damaged, prepare it again"
+            )
+
+    def evaluate(self, batches: int | None) -> float:
+        """Mean validation loss in nats per token, over so many batches of fixed windows, or over
+        the whole split (None).
+
+        Raises:
+            RunError: it is not finite.
+        """
         config, tokens = self.config, self.dataset.val
         rows = config.batch_size // config.gradient_accumulation_steps
-        at_most = None if config.eval_full_split else config.eval_batches * rows
-        starts = data.eval_starts(len(tokens), config.model.block_size, at_most)
-        loss = count = 0.0
+        starts = data.eval_starts(len(tokens), config.model.block_size, batches and batches * rows)
+        pending: list[tuple[jax.Array, jax.Array]] = []
         for first in range(0, len(starts), rows):
             windows, weights = data.windows_at(
                 tokens, starts[first : first + rows], config.model.block_size, rows
             )
+            self._check_ids(windows)
             mine = parallel.host_rows(rows)
             share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (windows, weights))
-            sums = self.eval_step(self.state.params, *share)
-            got = parallel.fetch({"loss": sums[0], "count": sums[1]})
-            loss, count = loss + got["loss"], count + got["count"]
+            pending.append(self.eval_step(self.state.params, *share))
+        sums = [parallel.fetch({"loss": loss, "count": count}) for loss, count in pending]
+        loss, count = (math.fsum(part[name] for part in sums) for name in ("loss", "count"))
         if not math.isfinite(loss):
             raise RunError(
                 f"the validation loss became {loss}; the last good checkpoint is step"
@@ -191,7 +224,10 @@ class Run:
         return loss / count
 
     def save(self, step: int, val_loss: float | None) -> None:
-        """Start a checkpoint of the state after `step` steps."""
+        """Start a checkpoint of the state after `step` steps, having made sure that it is sound:
+        a training loss is that of the parameters before its step."""
+        if val_loss is None:
+            self.evaluate(batches=1)
         facts = Facts(
             self.config,
             tokenizers.to_json(self.dataset.tokenizer),
@@ -217,13 +253,10 @@ class Run:
         )
         return tokenizer.decode(np.concatenate(list(pieces), axis=1)[0])
 
-    def first_step_taken(self, train_step: Any, display: metrics.Display) -> train.Metrics:
-        """Take the step that compiles, and say how long that took."""
-        began = time.perf_counter()
-        self.state, step_metrics = train_step(self.state, self.batch(self.first_step))
-        parallel.fetch(step_metrics)
-        seconds = time.perf_counter() - began
-        display.say(f"compiled and took the first step in {seconds:.1f} s")
+    def take_step(self, step: int) -> train.Metrics:
+        """Train on the batch of `step`; its metrics come when the devices are done."""
+        batch = self.batch(step)
+        self.state, step_metrics = self.train_step(self.state, batch, self.stop_signal)
         return step_metrics
 
     def train(self, display: metrics.Display, log: metrics.Log) -> None:
@@ -235,6 +268,7 @@ class Run:
         config = self.config
         save_interval = config.save_interval or config.eval_interval
         tokens_per_step = config.batch_size * config.model.block_size
+        eval_batches = None if config.eval_full_split else config.eval_batches
         peak = parallel.peak_flops()
 
         def finish(step: int, pending: train.Metrics) -> dict[str, Any]:
@@ -261,61 +295,71 @@ class Run:
 
         if self.first_step == 0:
             with clock.paused():
-                first_loss = self.evaluate()
+                first_loss = self.evaluate(eval_batches)
                 log.append({"step": 0, "val_loss": first_loss, "seconds": 0.0})
                 display.say(f"step 0: validation loss {first_loss:.4f}")
 
-        train_step = parallel.train_step(config)
         pending: tuple[int, train.Metrics] | None = None
         for done in range(self.first_step + 1, config.max_steps + 1):
             if done == self.first_step + 1:
                 with clock.paused():
-                    step_metrics = self.first_step_taken(train_step, display)
+                    began = time.perf_counter()
+                    step_metrics = self.take_step(done - 1)
+                    parallel.fetch(step_metrics)
+                    took = time.perf_counter() - began
+                    display.say(f"compiled and took the first step in {took:.1f} s")
             else:
-                self.state, step_metrics = train_step(self.state, self.batch(done - 1))
+                step_metrics = self.take_step(done - 1)
             # Read the metrics of the step before while this one runs.
-            if pending and (row := finish(*pending)) and row["step"] % config.log_interval == 0:
-                report(row)
+            stop = 0
+            if pending:
+                row = finish(*pending)
+                stop = row["stop"]
+                if row["step"] % config.log_interval == 0:
+                    report(row)
             pending = (done, step_metrics)
 
             last = done == config.max_steps
             evaluates = done % config.eval_interval == 0 or last
-            saves = done % save_interval == 0 or last or self.stop_signal is not None
-            if not (evaluates or saves):
+            saves = done % save_interval == 0 or last
+            if not (evaluates or saves or stop):
                 continue
             row, pending = finish(done, step_metrics), None
+            stop = stop or row["stop"]
             val_loss, best = None, False
             if evaluates:
                 with clock.paused():
-                    val_loss = self.evaluate()
+                    val_loss = self.evaluate(eval_batches)
                     row["val_loss"] = val_loss
-                    best = val_loss < (self.best_val_loss or math.inf)
+                    best = self.best_val_loss is None or val_loss < self.best_val_loss
                     self.best_val_loss = val_loss if best else self.best_val_loss
             if evaluates or done % config.log_interval == 0:
                 report(row)
             with clock.paused():
-                if saves:
+                if saves or stop:
                     self.save(done, val_loss)
                 if val_loss is not None:
-                    display.say(
-                        f"step {done}: validation loss {val_loss:.4f}{' (best)' if best else ''}"
-                    )
+                    mark = " (best)" if best else ""
+                    display.say(f"step {done}: validation loss {val_loss:.4f}{mark}")
                     if config.sample_tokens and not last:
                         display.say(self.sample())
-            if self.stop_signal is not None:
-                break
+            if stop:
+                self.stopped_by = stop
+                return
 
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv)
-    console = Console()
-    config, dataset = open_data(config, console)
-    parallel.start(config)
+    # Everything that can be refused before a long text is tokenised.
+    rows = config.batch_size // config.gradient_accumulation_steps
+    size = config.model.num_parameters(embeddings=False)
+    parallel.start(config.device, config.num_devices, size, rows)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
-    rows = config.divide_batch(parallel.device_count())
+    config.divide_batch(parallel.device_count())
     kernel, why = attention_kernel(config.model, train=True)
     if config.model.attention == "cudnn" != kernel:
         raise UserError(f"--model.attention cudnn does not fit here: {why}")
+    config, dataset = open_data(config, Console())
 
     run_dir = Path(config.run_dir or "")
     resume = f"python train_jax.py --run-dir {shlex.quote(str(run_dir))}"
@@ -328,21 +372,26 @@ def main(argv: list[str]) -> None:
             with metrics.Display(
                 total=config.max_steps, done=run.first_step, visible=parallel.is_main_host()
             ) as display:
-                describe(run, display, rows, f"{kernel} ({why})")
+                describe(run, display)
                 run_loop(run, display)
-                if run.stop_signal is None:
+                if not run.stopped_by:
                     finale(run, display)
     except OSError as error:
         raise RunError(f"{run_dir}: {error.strerror or error}") from error
-    if run.stop_signal is not None:
+    if run.stopped_by:
         print(f"stopped; saved step {checkpoints.latest_step}. Resume: {resume}")
-        sys.exit(128 + run.stop_signal)
+        sys.exit(128 + run.stopped_by)
 
 
-def describe(run: Run, display: metrics.Display, rows: int, attention: str) -> None:
+def describe(run: Run, display: metrics.Display) -> None:
     """What is about to happen, before it takes its time."""
     config, model = run.config, run.config.model
     steps = config.gradient_accumulation_steps
+    rows = config.divide_batch(parallel.device_count())
+    kernels = [attention_kernel(model, train=train) for train in (True, False)]
+    attention = "{} ({})".format(*kernels[0])
+    if kernels[0][0] != kernels[1][0]:
+        attention += "; in evaluation {} ({})".format(*kernels[1])
     state = f"resumed at step {run.first_step}" if run.first_step else "new"
     display.say(
         f"run        {run.run_dir} ({state})\n"

@@ -8,10 +8,10 @@ import dataclasses
 from gptjax.config import PRESETS, DataConfig, TrainConfig
 
 config = TrainConfig(
-    model=dataclasses.replace(PRESETS["gpt2"], bias=False),
+    model=dataclasses.replace(PRESETS["gpt2"], bias=False, vocab_multiple=64),
     data=DataConfig(source="text", tokenizer="gpt2", val_fraction=0.001),
-    batch_size=480,  # x 1024 tokens: the half million of GPT-2's and GPT-3's small models
-    gradient_accumulation_steps=5,
+    batch_size=480,  # x 1024 tokens: the half million of GPT-3's smallest model
+    gradient_accumulation_steps=5,  # for 8 devices of 12 sequences each; on one device 40
     max_steps=600_000,
     learning_rate=6e-4,
     min_lr=6e-5,

@@ -19,7 +19,7 @@ from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError
 
 # Orbax logs the traceback of a failed save, then raises it: once is enough.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("absl").addFilter(lambda r: "raised an exception" not in r.getMessage())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,12 @@ class Checkpoints:
                 f"no run in {run_dir}: expected a folder that train_jax.py --run-dir has written"
             )
         policies = ocp.training.preservation_policies
-        best = policies.BestN(n=1, get_metric_fn=lambda m: m["val_loss"], reverse=True)
+        best = policies.BestN(
+            n=1,
+            get_metric_fn=lambda m: m["val_loss"],
+            reverse=True,
+            keep_checkpoints_without_metrics=False,
+        )
         self._orbax = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=policies.AnyPreservationPolicy(

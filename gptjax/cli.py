@@ -2,18 +2,26 @@
 
 import contextlib
 import io
-import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import tyro
 
 from gptjax.config import flatten
 from gptjax.errors import UserError
 
-Flags = TypeVar("Flags")
+
+class Checked(Protocol):
+    """A dataclass of settings that knows what is wrong with them."""
+
+    def problems(self) -> list[str]:
+        """Each setting that is out of range, in words."""
+        ...
+
+
+Flags = TypeVar("Flags", bound=Checked)
 
 
 def parse(
@@ -25,7 +33,8 @@ def parse(
     `--help` prints and exits.
 
     Raises:
-        UserError: every unknown flag (with its near misses) and every ill-typed value.
+        UserError: every unknown flag (with its near misses), every ill-typed value, and what the
+            settings' own `problems` name.
     """
     arguments = _spell_out(argv, default)
     first = arguments.pop(0) if positional and arguments and arguments[0][0:1] != "-" else None
@@ -52,21 +61,29 @@ def parse(
                 break
             arguments = rest
         else:
+            problems += flags.problems()
             break
     if problems:
-        raise UserError("; ".join(problems) + f" (all flags: {prog} --help)")
+        raise UserError(f"{'; '.join(problems)} (all flags: {prog} --help)")
     return first, flags
 
 
 def _spell_out(argv: Sequence[str], default: object) -> list[str]:
-    """`argv` with True after each boolean flag that stands alone."""
+    """`argv` with True after each boolean flag that stands alone, and any case of true."""
     switches = {name for name, value in flatten(default).items() if isinstance(value, bool)}
-    out = []
-    for argument, following in itertools.zip_longest(argv, argv[1:]):
-        out.append(argument)
-        is_switch = argument.lstrip("-").replace("-", "_") in switches
-        if is_switch and following not in ("True", "False"):
-            out.append("True")
+
+    def is_switch(flag: str) -> bool:
+        return flag.startswith("--") and flag[2:].replace("-", "_") in switches
+
+    out: list[str] = []
+    for argument in argv:
+        flag, _, value = argument.partition("=")
+        if is_switch(flag):
+            out += [flag, value.capitalize() or "True"]
+        elif argument.lower() in ("true", "false") and is_switch("".join(out[-2:-1])):
+            out[-1] = argument.capitalize()
+        else:
+            out.append(argument)
     return out
 
 

@@ -55,7 +55,8 @@ class ModelConfig:
     remat: bool = False
     """Recompute each block's activations in the backward pass: less memory, more time."""
     scan_unroll: int = 0
-    """Layers unrolled in the scan over blocks. 0: all of them up to 12 layers, else 1."""
+    """Layers unrolled in the scan over blocks. 0: all of them up to 12 layers without remat,
+    else 1."""
 
     @property
     def head_size(self) -> int:
@@ -191,7 +192,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the best by validation loss is kept besides."""
     sample_tokens: int = 300
-    """Tokens of the sample printed at the end; 0 prints none."""
+    """Tokens of the sample printed after each evaluation; 0 prints none."""
 
     device: DeviceKind = "auto"
     """Kind of device to train on. auto: the fastest kind that is there."""
@@ -246,12 +247,12 @@ class TrainConfig:
 
 
 # What may change when a run is resumed: it alters reports, places and speed, but no number of the
-# training beyond rounding. The data is compared by the fingerprint of its tokens instead.
+# training beyond rounding (and, on other devices, which dropout masks are drawn). A data set may
+# move: the fingerprint of its tokens is compared.
 RESUME_MAY_CHANGE = {
     *("run_dir", "max_steps", "device", "num_devices"),
     *("log_interval", "eval_interval", "eval_batches", "eval_full_split"),
     *("save_interval", "keep_checkpoints", "sample_tokens"),
-    *("data.source", "data.tokenizer", "data.sentencepiece_vocab_size", "data.val_fraction"),
     *("data.dir", "model.attention", "model.scan_unroll", "model.remat"),
 }
 

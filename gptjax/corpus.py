@@ -43,7 +43,7 @@ def find_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl"))
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
         if not files:
             raise UserError(f"the folder {source} holds no .txt or .jsonl file")
         return files
@@ -59,9 +59,12 @@ def find_files(source: str) -> list[Path]:
 def _standard_library() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = [p for p in sorted(root.rglob("*.py")) if not left_out & set(p.relative_to(root).parts)]
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in left_out]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     # Pure ASCII keeps the character vocabulary small (a few files list whole encodings).
-    files = [p for p in files if p.stat().st_size and p.read_bytes().isascii()]
+    files = [p for p in sorted(files) if p.stat().st_size and p.read_bytes().isascii()]
     if not files:
         raise UserError(
             f"this Python has no standard library source under {root}; name a text of your own"
@@ -106,7 +109,7 @@ def read_documents(files: list[Path]) -> Iterator[Iterator[str]]:
     for path in files:
         if path.suffix == ".jsonl":
             for text in _jsonl_texts(path):
-                yield _cut(iter([text]))
+                yield iter([text])
         else:
             yield _cut(_decode(path))
 

@@ -9,6 +9,7 @@ the vocabulary needs it, as nanoGPT's), `meta.json` and `tokenizer.json`.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
@@ -31,7 +32,7 @@ from gptjax.errors import RunError, UserError
 from gptjax.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 
 # sentencepiece learns from at most this many characters, taken evenly from the whole text.
-SENTENCEPIECE_SAMPLE = 50_000_000
+SENTENCEPIECE_SAMPLE = 10_000_000
 # A fingerprint reads this many bytes at most, in evenly spaced blocks.
 FINGERPRINT_BYTES = 64 << 20
 FINGERPRINT_BLOCK = 1 << 20
@@ -51,9 +52,10 @@ def prepare(config: DataConfig, out: Path, console: Console) -> None:
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder or delete it")
     files = find_files(config.source)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    unfinished = None
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         _prepare_into(unfinished, config, files, console)
         unfinished.chmod(0o755)
         os.rename(unfinished, out)
@@ -62,7 +64,8 @@ def prepare(config: DataConfig, out: Path, console: Console) -> None:
             return  # another process of this run has made the same set meanwhile
         raise RunError(f"cannot write {out}: {error.strerror}") from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _prepare_into(folder: Path, config: DataConfig, files: list[Path], console: Console) -> None:
@@ -75,6 +78,7 @@ def _prepare_into(folder: Path, config: DataConfig, files: list[Path], console: 
         count, tokenizer = _survey(
             config, files, size, lambda n: progress.advance(reading, n), joint
         )
+        progress.update(reading, completed=size)
         n_train = int(count * (1 - config.val_fraction))
         dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
         work = progress.add_task(f"tokenising ({tokenizer.kind})", total=count)
@@ -134,16 +138,17 @@ def _survey(
 ) -> tuple[int, Tokenizer]:
     """Read everything once: (characters, the tokenizer this text needs)."""
     count, alphabet, sample = 0, set[str](), list[str]()
-    every = max(1, size // SENTENCEPIECE_SAMPLE)
-    for number, piece in enumerate(_pieces(files, joint)):
+    # Of each piece its beginning, so that every part of the text is heard.
+    share = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size))
+    for piece in _pieces(files, joint):
         if piece is None:
             continue
         count += len(piece)
         advance(len(piece))
         if config.tokenizer == "char":
             alphabet.update(piece)
-        elif config.tokenizer == "sentencepiece" and number % every == 0:
-            sample.append(piece)
+        elif config.tokenizer == "sentencepiece":
+            sample.append(piece[: math.ceil(len(piece) * share)])
     if config.tokenizer == "char":
         return count, CharTokenizer("".join(sorted(alphabet)))
     if config.tokenizer == "gpt2":
@@ -302,17 +307,23 @@ def _fingerprint(tokens: np.ndarray, digest: Any) -> int:
 
 
 def batch_at(
-    tokens: np.ndarray, seed: int, step: int, *, batch_size: int, block_size: int
+    tokens: np.ndarray,
+    seed: int,
+    step: int,
+    *,
+    batch_size: int,
+    block_size: int,
+    rows: slice = slice(None),
 ) -> np.ndarray:
-    """int32 [batch_size, block_size + 1]: random windows, a pure function of (seed, step).
+    """int32 [batch_size, block_size + 1]: random windows, a pure function of (seed, step); of
+    them only `rows` are read.
 
     Philox is counter-based (Salmon et al. 2011) and numpy keeps its raw stream fixed, so step
     1000 costs what step 0 does, and is the same on every machine and numpy version.
     """
     raw = np.random.Philox(key=seed, counter=step << 64).random_raw(batch_size)
-    starts = raw % np.uint64(len(tokens) - block_size)
-    rows = [tokens[start : start + block_size + 1] for start in starts.astype(np.int64)]
-    return np.stack(rows).astype(np.int32)
+    starts = (raw % np.uint64(len(tokens) - block_size)).astype(np.int64)[rows]
+    return np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int32)
 
 
 def eval_starts(n_tokens: int, block_size: int, at_most: int | None) -> np.ndarray:
@@ -354,15 +365,21 @@ class PrepareFlags:
     out: str | None = None
     """The folder to make. None: data/ and a name made from the source."""
 
+    def problems(self) -> list[str]:
+        """Each setting that is out of range, in words."""
+        return self.config("builtin").problems()
+
+    def config(self, source: str) -> DataConfig:
+        """The same as part of a run's settings."""
+        return DataConfig(source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction)
+
 
 def main(argv: list[str]) -> None:
     """`python -m gptjax.data SOURCE [flags]`."""
     source, flags = cli.parse(PrepareFlags(), argv, "python -m gptjax.data", "SOURCE")
     if source is None:
         raise UserError("which text? python -m gptjax.data SOURCE (builtin, shakespeare, a path)")
-    config = DataConfig(source, flags.tokenizer, flags.sentencepiece_vocab_size, flags.val_fraction)
-    if problems := config.problems():
-        raise UserError("; ".join(problems))
+    config = flags.config(source)
     out = Path(flags.out) if flags.out else default_dir(config)
     prepare(config, out, Console())
     print(f"train on it: python train_jax.py --data.dir {out}")

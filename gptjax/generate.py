@@ -49,8 +49,9 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         ranked = jnp.where(ranked >= ranked[:, k - 1][:, None], ranked, MASKED)
         probability = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probability, axis=-1) - probability
-        # The likeliest token always stays, even with top_p 0.
-        kept = (before < sampling.top_p).at[:, 0].set(True) & (ranked > MASKED)
+        # top_p 1 keeps tokens too unlikely to be felt in the sum; 0 still keeps the likeliest.
+        kept = ((before < sampling.top_p) | (sampling.top_p >= 1)).at[:, 0].set(True)
+        kept &= ranked > MASKED
         least = jnp.where(kept, ranked, jnp.inf).min(axis=-1, keepdims=True)
         return jnp.where(logits >= least, logits, MASKED)
 
@@ -180,7 +181,7 @@ def generate(
     if overflow == "stop":
         # The last token drawn need not fit: nothing follows it.
         end = min(end, max(block + 1, len(prompt)))
-    slots = bucket(min(end, block), block)
+    slots = min(block, bucket(len(prompt), block) + bucket(max_new_tokens, block))
     cache, cached = None, 0
 
     while text.shape[1] < end:

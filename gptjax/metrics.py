@@ -118,7 +118,7 @@ class Display:
         self._live = self._console.is_terminal and visible
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(None), console=self._console,
-            disable=not self._live,
+            disable=not self._live, refresh_per_second=4,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=total, completed=done)
 

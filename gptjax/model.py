@@ -41,8 +41,9 @@ class Cache(NamedTuple):
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache for `batch` sequences of at most `slots` tokens."""
     shape = (config.n_layer, batch, config.n_head, slots, config.head_size)
-    empty = jnp.zeros(shape, compute_dtype(config))
-    return Cache(empty, empty, jnp.zeros((), jnp.int32))
+    dtype = compute_dtype(config)
+    # Two arrays, not one twice: both can be donated.
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -56,8 +57,12 @@ def attention_kernel(config: ModelConfig, *, train: bool) -> tuple[str, str]:
     """(kernel, why): "cudnn", flash attention, where it computes this model; else "xla"."""
     if config.attention == "xla":
         return "xla", "asked for"
+    device = jax.devices()[0]
+    nvidia = device.platform == "gpu" and "rocm" not in device.client.platform_version.lower()
+    ampere = nvidia and float(device.compute_capability) >= 8.0
     obstacles = [
-        (jax.default_backend() != "gpu", "cuDNN needs a GPU"),
+        (not nvidia, "cuDNN needs an NVIDIA GPU"),
+        (nvidia and not ampere, "cuDNN needs compute capability 8.0"),
         (compute_dtype(config) == jnp.float32, "cuDNN needs bfloat16"),
         (config.head_size > 128 or config.head_size % 8 != 0, "cuDNN needs head size 8k <= 128"),
         (train and config.dropout > 0, "attention dropout"),
@@ -66,7 +71,7 @@ def attention_kernel(config: ModelConfig, *, train: bool) -> tuple[str, str]:
     reasons = [reason for applies, reason in obstacles if applies]
     if reasons:
         return "xla", ", ".join(reasons)
-    return "cudnn", "flash attention on GPU"
+    return "cudnn", "flash attention"
 
 
 def sinusoids(block_size: int, n_embd: int) -> np.ndarray:
@@ -247,7 +252,9 @@ class GPT(nn.Module):
             # Flat [N, C] through the blocks: XLA's CPU matmuls are much faster on two axes.
             x = x.reshape(b * t, config.n_embd)
             block = nn.remat(Block, prevent_cse=False) if config.remat else Block
-            unroll = config.scan_unroll or (config.n_layer if config.n_layer <= 12 else 1)
+            # Remat frees nothing in straight-line code: XLA needs the loop.
+            loops = config.remat or config.n_layer > 12
+            unroll = config.scan_unroll or (1 if loops else config.n_layer)
             blocks = nn.scan(
                 block,
                 variable_axes={"params": 0},

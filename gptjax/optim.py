@@ -39,8 +39,9 @@ def decay_mask(params: Any) -> Any:
 
 
 def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW (arXiv:1711.05101) at learning rate -1: the step scales by `learning_rate`
-    of its own counter, so there is one counter to save and to trust."""
+    """Clip, then AdamW (arXiv:1711.05101), without its learning rate: the update it returns is to
+    be multiplied by `learning_rate` and subtracted. So the rate follows the train state's own
+    counter, and there is one counter to trust."""
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2),

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax import train
-from gptjax.config import DeviceKind, ModelConfig, TrainConfig
+from gptjax.config import DeviceKind
 from gptjax.errors import UserError
 
 AXIS = "devices"
@@ -25,24 +24,34 @@ AXIS = "devices"
 SMALL_MODEL = 20_000_000
 
 
-def start(config: TrainConfig) -> None:
-    """Choose the platform and split the CPU into devices. Call before anything else uses JAX.
+def start(kind: DeviceKind, cpu_devices: int | None, parameters: int, rows: int) -> None:
+    """Join the other hosts, if any, choose the platform, and split the CPU into `cpu_devices`
+    (None: by the model's `parameters` and the `rows` of a micro-batch). Call before anything else
+    uses JAX.
 
     Raises:
         UserError: the kind of device that was asked for is not there.
     """
-    devices = config.num_devices or _cpu_devices(config)
+    devices = cpu_devices or _cpu_devices(parameters, rows)
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
         # One thread per device: else every device's matmuls compete for every core.
         add_xla_flag("--xla_cpu_multi_thread_eigen=false")
-    if coordinator := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+    _join_hosts()
+    use_platform(kind)
+
+
+def _join_hosts() -> None:
+    """By JAX's standard variables where they are set, else by what a TPU pod tells its workers."""
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    if coordinator or len(workers) > 1:
+        count, number = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(
             coordinator,
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
+            num_processes=int(count) if count else None,
+            process_id=int(number) if number else None,
         )
-    use_platform(config.device)
 
 
 def use_platform(kind: DeviceKind) -> None:
@@ -68,12 +77,11 @@ def add_xla_flag(flag: str) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
-def _cpu_devices(config: TrainConfig) -> int:
-    """One per core for small models, as many as divide the batch; one for large models."""
-    if config.model.num_parameters() > SMALL_MODEL:
+def _cpu_devices(parameters: int, rows: int) -> int:
+    """One per core for small models, as many as divide the rows; one for large models."""
+    if parameters > SMALL_MODEL:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = config.batch_size // config.gradient_accumulation_steps
     return max((n for n in range(1, (cores or 1) + 1) if rows % n == 0), default=1)
 
 
@@ -156,20 +164,26 @@ def replicate(tree: Any) -> Any:
     return copy(np.arange(jax.local_device_count()), tree)
 
 
-def everywhere() -> NamedSharding:
-    """A copy on every device of every host."""
-    return NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+def one_per_host() -> NamedSharding:
+    """A copy on the first device of every host: what is saved, and what is loaded before
+    `replicate` spreads it."""
+    hosts = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([hosts[i] for i in sorted(hosts)]), ("hosts",))
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def unreplicate(tree: Any) -> Any:
-    """One fresh copy of a stacked tree, as arrays replicated over all devices of all hosts (which
-    is what can be saved; a stacked pmap output cannot, where there are several hosts)."""
-    sharding = everywhere()
+    """One fresh copy of a stacked tree, as global arrays on the first device of every host.
+
+    That is what can be saved: a stacked pmap output cannot, where there are several hosts; and it
+    does not change when the original is donated.
+    """
+    sharding = one_per_host()
 
     def one(x: jax.Array) -> jax.Array:
-        shape = x.shape[1:]
-        copies = [shard.data.reshape(shape) for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(shape, sharding, copies)
+        (device,) = sharding.addressable_devices
+        copy = jax.device_put(_local(x).reshape(x.shape[1:]), device)
+        return jax.make_array_from_single_device_arrays(copy.shape, sharding, [copy])
 
     return jax.tree.map(one, tree)
 
@@ -189,14 +203,27 @@ def fetch(tree: Any) -> dict[str, float]:
     return {name: np.asarray(_local(x)).item() for name, x in tree.items()}
 
 
-def train_step(config: TrainConfig) -> Callable[[Any, np.ndarray], tuple[Any, train.Metrics]]:
-    """train.train_step over all devices: stacked state (donated) and batch [local devices, A, b,
-    T + 1] -> the new state and metrics, stacked."""
-    step = functools.partial(train.train_step, config=config, axis_name=AXIS)
-    return jax.pmap(step, axis_name=AXIS, donate_argnums=0)
+def map_train_step(step: Callable[..., tuple[Any, dict[str, jax.Array]]]) -> Callable[..., Any]:
+    """`step(state, batch, axis_name=...) -> (state, metrics)` over all devices of all hosts.
+
+    The result takes the stacked state (donated), a batch [local devices, A, b, T + 1] and this
+    host's stop signal, and adds to the metrics `stop`, the largest signal of all hosts: so all of
+    them learn of it after the same step.
+    """
+
+    def mapped(state: Any, batch: jax.Array, stop: jax.Array) -> Any:
+        state, metrics = step(state, batch, axis_name=AXIS)
+        return state, metrics | {"stop": jax.lax.pmax(stop, AXIS)}
+
+    pmapped = jax.pmap(mapped, axis_name=AXIS, donate_argnums=0)
+
+    def run(state: Any, batch: np.ndarray, stop: int = 0) -> Any:
+        return pmapped(state, batch, np.full(jax.local_device_count(), stop, np.int32))
+
+    return run
 
 
-def eval_step(config: ModelConfig) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """train.eval_step over all devices: (stacked params, windows, weights) -> stacked sums."""
-    step = functools.partial(train.eval_step, config=config, axis_name=AXIS)
-    return jax.pmap(step, axis_name=AXIS)
+def map_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step(params, windows, weights, axis_name=...)` over all devices: (stacked params, windows
+    and weights [local devices, b, ...]) -> stacked sums over all devices."""
+    return jax.pmap(functools.partial(step, axis_name=AXIS), axis_name=AXIS)

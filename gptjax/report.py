@@ -20,6 +20,10 @@ class ReportFlags:
     out: str | None = None
     """The picture to write; its ending chooses the format. None: RUN_DIR/loss.png."""
 
+    def problems(self) -> list[str]:
+        """None: any name may do."""
+        return []
+
 
 def draw(run_dirs: list[Path], out: Path) -> None:
     """One curve of training loss and one of validation loss per run.

@@ -48,7 +48,7 @@ def command(cache_dir, tmp_path):
 
     def run(*arguments: object, stdin: str = "", **environment: str):
         return subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable, *(a if isinstance(a, bytes) else str(a) for a in arguments)],
             cwd=tmp_path,
             env=command_environment(cache_dir, **environment),
             input=stdin,

@@ -5,7 +5,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gptjax import checkpoint, parallel, train
 from gptjax.checkpoint import Checkpoints, Facts
@@ -13,6 +13,7 @@ from gptjax.config import ModelConfig, TrainConfig
 from gptjax.errors import RunError, UserError
 
 CONFIG = TrainConfig(model=ModelConfig(2, 2, 16, 8, vocab_size=11), run_dir="somewhere")
+EVERYWHERE = NamedSharding(Mesh(np.array(jax.devices()), ("all",)), PartitionSpec())
 FACTS = Facts(CONFIG, '{"kind": "char", "characters": "ab"}', "f00d", 2.5)
 
 
@@ -33,7 +34,7 @@ def steps(run_dir):
 def test_a_checkpoint_of_eight_devices_restores_bitwise_on(tmp_path, state, devices):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         save(checkpoints, 5, parallel.unreplicate(parallel.replicate(state)))
-    sharding = SingleDeviceSharding(jax.devices()[3]) if devices == 1 else parallel.everywhere()
+    sharding = SingleDeviceSharding(jax.devices()[3]) if devices == 1 else EVERYWHERE
     shapes = jax.eval_shape(lambda: train.init_state(CONFIG))
     target = checkpoint.abstract(shapes, sharding)
     with Checkpoints(tmp_path) as checkpoints:
@@ -61,7 +62,14 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path, state):
                 checkpoints.resolve(name)
 
 
-def test_saving_goes_on_in_the_background_and_leaving_waits_for_it(tmp_path, state):
+def test_checkpoints_between_evaluations_go_and_the_best_stays(tmp_path, state):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(1, 11):
+            save(checkpoints, step, state, {3: 1.0, 6: 2.0}.get(step))
+    assert steps(tmp_path) == [3, 9, 10]
+
+
+def test_leaving_waits_for_the_last_save(tmp_path, state):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         save(checkpoints, 1, state)
     assert steps(tmp_path) == [1]
@@ -92,7 +100,7 @@ def test_another_model_or_a_damaged_file_is_a_user_error(tmp_path, state):
         save(checkpoints, 1, state)
     other = TrainConfig(model=ModelConfig(2, 2, 32, 8, vocab_size=11))
     shapes = jax.eval_shape(lambda: train.init_state(other).params)
-    target = checkpoint.abstract(shapes, parallel.everywhere())
+    target = checkpoint.abstract(shapes, EVERYWHERE)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="cannot be read"):
         checkpoints.restore(1, params=target)
     (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{")

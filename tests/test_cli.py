@@ -25,7 +25,8 @@ def test_flags_override_nested_defaults_with_hyphens_or_underscores():
 def test_boolean_flags_stand_alone_or_take_true_and_false():
     assert parse("--eval-full-split").eval_full_split
     assert parse("--eval-full-split", "True", "--seed", "3").seed == 3
-    assert not parse("--model.bias", "False").model.bias
+    for no in (["--model.bias", "False"], ["--model.bias=false"], ["--model.bias", "false"]):
+        assert not parse(*no, "--seed", "3").model.bias
 
 
 def test_the_leading_argument_is_the_positional_one():
@@ -36,11 +37,12 @@ def test_the_leading_argument_is_the_positional_one():
 
 def test_every_mistake_is_reported_at_once_with_its_near_miss():
     with pytest.raises(UserError) as caught:
-        parse("--model.n-layr", "4", "--batch-size", "many", "--seed", "x", "--model.gelu", "relu")
+        parse("--model.n-layr", "4", "--batch-size", "many", "--seed", "x", "--model.gelu", "relu",
+              "--max-steps", "-5")  # fmt: skip
     message = str(caught.value)
     assert "\n" not in message
     for words in ("--model.n-layr", "perhaps --model.n-layer INT", "--batch-size", "'many'",
-                  "--seed", "'x'", "'relu'", "'tanh', 'erf'", "--help"):  # fmt: skip
+                  "--seed", "'x'", "'relu'", "'tanh'", "max_steps -5", "--help"):  # fmt: skip
         assert words in message
 
 

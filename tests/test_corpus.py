@@ -30,6 +30,7 @@ def test_files_folders_and_globs_are_found_in_order(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     find = lambda source: [p.name for p in corpus.find_files(str(source))]  # noqa: E731
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
     assert find(tmp_path) == ["a.txt", "b.txt", "c.jsonl"]
     assert find(tmp_path / "*.txt") == ["a.txt", "b.txt"]
     assert find(tmp_path / "**/*.jsonl") == ["c.jsonl"]

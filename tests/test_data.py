@@ -128,6 +128,13 @@ def test_preparing_killed_midway_leaves_nothing_that_looks_whole(tmp_path, cache
     assert len(data.load(tmp_path / "set").train) == int(1500 * len(TEXT) * 0.9)
 
 
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "text.txt").write_text(TEXT)
+    with pytest.raises(RunError, match="cannot write"):
+        data.prepare(DataConfig(str(tmp_path / "text.txt")), tmp_path / "file" / "set", QUIET)
+
+
 def test_an_existing_folder_is_never_overwritten(tmp_path):
     prepared(tmp_path)
     before = (tmp_path / "set" / "train.bin").read_bytes()
@@ -162,15 +169,17 @@ def test_a_changed_text_or_setting_gets_a_folder_of_its_own(tmp_path, monkeypatc
     assert first != data.default_dir(config)
 
 
-def test_a_hundred_megabytes_are_tokenised_in_bounded_memory(tmp_path, cache_dir):
+@pytest.mark.parametrize("tokenizer", ["char", "sentencepiece"])
+def test_a_hundred_megabytes_are_tokenised_in_bounded_memory(tmp_path, cache_dir, tokenizer):
     with (tmp_path / "big.txt").open("w") as file:
-        for _ in range(100_000_000 // len(TEXT)):
+        for _ in range((100_000_000 if tokenizer == "char" else 30_000_000) // len(TEXT)):
             file.write(TEXT)
     script = (
         "import re, sys; from gptjax import data; data.main(sys.argv[1:]);"
         "print(int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     )
-    run = [sys.executable, "-c", script, "big.txt", "--out", "set"]
+    run = [sys.executable, "-c", script, "big.txt", "--out", "set", "--tokenizer", tokenizer]
+    run += ["--sentencepiece-vocab-size", "400"]
     result = subprocess.run(
         run, cwd=tmp_path, env=command_environment(cache_dir), check=True, capture_output=True
     )
@@ -278,6 +287,8 @@ TOKENS = np.arange(1000, dtype=np.uint16)
 def test_a_batch_is_a_pure_function_of_seed_and_step():
     batch = lambda seed, step: data.batch_at(TOKENS, seed, step, batch_size=8, block_size=16)  # noqa: E731
     assert np.array_equal(batch(1, 2), batch(1, 2))
+    some = data.batch_at(TOKENS, 1, 2, batch_size=8, block_size=16, rows=slice(2, 5))
+    assert np.array_equal(some, batch(1, 2)[2:5])
     seen = [batch(seed, step).tobytes() for seed in range(3) for step in range(3)]
     assert len(set(seen)) == 9
     assert batch(0, 0).shape == (8, 17) and batch(0, 0).dtype == np.int32

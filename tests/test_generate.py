@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from conftest import TEXT
+from hypothesis import example, given
 from hypothesis import strategies as st
+from test_tokenizers import GPT2, TINY_RANKS
 
 from gptjax import generate as gen
 from gptjax import model
 from gptjax.config import ModelConfig
 from gptjax.generate import Sampling, generate
+from gptjax.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer
 
 CONFIG = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=32, vocab_size=61)
 BANDED = dataclasses.replace(CONFIG, attention_pattern=("dense", "banded"), attention_window=5)
@@ -29,15 +32,17 @@ def run(params, prompt, count, config=CONFIG, sampling=Sampling(0.0), **other):
     return np.concatenate(list(generate(params, prompt, count, config, sampling, **other)), axis=1)
 
 
+WHOLE = jax.jit(model.apply, static_argnums=0)
+
+
 def uncached_greedy(params, prompt, count, config):
     """The reference: the whole model over the last block_size tokens, for every token."""
-    whole = jax.jit(lambda tokens: model.apply(config, params, tokens)[0])
     text = list(prompt)
     for _ in range(count):
         seen = text[-config.block_size :]
         padded = np.zeros((1, config.block_size), np.int32)
         padded[0, : len(seen)] = seen
-        text.append(int(whole(padded)[0, len(seen) - 1].argmax()))
+        text.append(int(WHOLE(config, params, padded)[0][0, len(seen) - 1].argmax()))
     return text[len(prompt) :]
 
 
@@ -49,6 +54,20 @@ def test_greedy_tokens_are_those_of_an_uncached_model_at_and_past_the_block(conf
     assert len(set(expected)) > 3  # the model does not just repeat itself
     assert run(params, prompt, 70, config)[0].tolist() == expected
     assert run(params, prompt, 70, config, chunk=1)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2", "sentencepiece"])
+def test_cached_text_is_uncached_text_for_every_tokenizer(kind):
+    """In GPT-2's case with its real vocabulary where it is at hand, else with a small one."""
+    tokenizer = {
+        "char": lambda: CharTokenizer("".join(sorted(set(TEXT)))),
+        "gpt2": lambda: GPT2 or Gpt2Tokenizer(TINY_RANKS),
+        "sentencepiece": lambda: SentencePieceTokenizer.train([TEXT], 400),
+    }[kind]()
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.n_vocab)
+    params, prompt = lively(config), tokenizer.encode("Now is the winter")
+    expected = tokenizer.decode(uncached_greedy(params, prompt, 60, config))
+    assert tokenizer.decode(run(params, prompt, 60, config)[0]) == expected
 
 
 def test_samples_do_not_depend_on_chunks_or_on_how_many_are_drawn():
@@ -67,10 +86,14 @@ def test_half_equals_exact_inside_the_block_and_goes_on_past_it():
     exact, half = (run(params, prompt, 100, overflow=how)[0] for how in ("exact", "half"))
     inside = CONFIG.block_size - 5 + 1
     assert np.array_equal(exact[:inside], half[:inside])
-    # Past the block it is an uncached model that sees from half a block up to a whole one.
+    # Past the block it is an uncached model that sees from half a block up to a whole one, each
+    # time the block is full anew.
     text = np.concatenate([prompt, half])
-    assert half[inside] == uncached_greedy(params, text[inside + 5 - 16 : inside + 5], 1, CONFIG)[0]
-    assert len(half) == 100
+    assert len(text) == 105
+    for position in range(33, 105):
+        seen = 16 + (position - 33) % 17
+        context = text[position - seen : position]
+        assert text[position] == uncached_greedy(params, context, 1, CONFIG)[0], position
 
 
 @pytest.mark.parametrize(("length", "made"), [(3, 30), (31, 2), (32, 1), (33, 0)])
@@ -78,6 +101,16 @@ def test_stop_ends_with_the_block(length, made):
     params = lively(CONFIG)
     pieces = list(generate(params, np.zeros(length), 100, CONFIG, overflow="stop"))
     assert sum(piece.shape[1] for piece in pieces) == made
+
+
+def test_lengths_in_a_bucket_share_their_programs_far_inside_the_block():
+    config = dataclasses.replace(CONFIG, block_size=256)
+    params = lively(config)
+    gen.prefill.clear_cache()
+    gen.decode.clear_cache()
+    for length in range(1, 17):
+        run(params, np.arange(length), 50 + length % 14, config)
+    assert (gen.prefill._cache_size(), gen.decode._cache_size()) == (1, 1)
 
 
 def test_lengths_in_a_bucket_and_all_settings_share_one_program():
@@ -107,6 +140,7 @@ def test_buckets_are_powers_of_two_within_the_block(length, size):
 FILTER = jax.jit(gen.filter_logits)
 
 
+@example(0.125, 4, 1.0, 1)
 @given(st.floats(0.1, 5), st.integers(0, 70), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
 def test_filters_keep_what_hugging_faces_warpers_keep(temperature, k, p, seed):
     logits = np.random.default_rng(seed).standard_normal((3, 61)).astype("f4") * 3

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TEXT, assert_one_clear_line, command_environment
+from test_tokenizers import needs_gpt2
 
 from generate_jax import Sample
 from gptjax.tokenizers import CharTokenizer
@@ -14,7 +15,9 @@ from gptjax.tokenizers import CharTokenizer
 GENERATE = ROOT / "generate_jax.py"
 
 
-@pytest.fixture(scope="module", params=["char", "sentencepiece"])
+@pytest.fixture(
+    scope="module", params=["char", "sentencepiece", pytest.param("gpt2", marks=needs_gpt2)]
+)
 def run(request, tmp_path_factory, cache_dir):
     """A short run of each tokenizer, moved away from its text and its data."""
     folder = tmp_path_factory.mktemp("made")
@@ -28,7 +31,7 @@ def run(request, tmp_path_factory, cache_dir):
         [sys.executable, ROOT / "train_jax.py", *flags.split(), "--data.tokenizer", request.param],
         cwd=folder, env=command_environment(cache_dir), check=True, capture_output=True,
     )  # fmt: skip
-    moved = tmp_path_factory.mktemp("moved") / "run"
+    moved = tmp_path_factory.mktemp("moved") / request.param
     shutil.move(folder / "run", moved)
     shutil.rmtree(folder)
     return moved
@@ -49,6 +52,7 @@ def test_a_run_directory_alone_gives_samples_that_its_seed_repeats(run, command)
 
 def test_streaming_prints_the_same_text(run, command):
     flags = ["--run-dir", run, "--prompt", "RICHARD:\n", "--max-new-tokens", 60, "--top-p", 0.9]
+    flags += ["--num-samples", 2]
     assert command(GENERATE, *flags).stdout == command(GENERATE, *flags, "--stream").stdout
 
 
@@ -64,7 +68,7 @@ def test_the_prompt_may_come_from_a_file_or_standard_input(run, command, tmp_pat
 def test_a_stop_text_ends_the_sample_before_it(run, command):
     flags = ["--run-dir", run, "--prompt", "now", "--max-new-tokens", 300]
     whole = command(GENERATE, *flags).stdout
-    assert "\n\n" in whole[3:]
+    assert "\n\n" in whole[3:] or run.name == "gpt2"  # 60 steps do not teach 50,257 tokens
     for more in ([], ["--stream"]):
         stopped = command(GENERATE, *flags, *more, "--stop", "\\n\\n").stdout
         assert stopped == "now" + whole[3:].split("\n\n")[0] + "\n"
@@ -73,6 +77,7 @@ def test_a_stop_text_ends_the_sample_before_it(run, command):
 @pytest.mark.parametrize("how", ["exact", "half", "stop"])
 def test_every_overflow_goes_past_the_block_or_stops_there(run, command, how):
     flags = ["--run-dir", run, "--prompt", "now", "--max-new-tokens", 100, "--overflow", how]
+    flags += ["--ignore-end-of-text"]
     result = command(GENERATE, *flags)
     assert result.returncode == 0
     made = int(result.stderr.split(" tokens x")[0].split()[-1])
@@ -87,7 +92,8 @@ def test_every_overflow_goes_past_the_block_or_stops_there(run, command, how):
         (["--prompt-file", "bad.txt"], ["bad.txt is not UTF-8"]),
         (["--temperature", "-1", "--top-p", "2", "--num-samples", "0"],
          ["--temperature -1.0", "--top-p 2.0", "--num-samples must be at least 1"]),
-        (["--stream", "--num-samples", "2"], ["--stream shows one sample"]),
+        (["--seed", str(2**32), "--top-k", str(2**31)], ["--seed must be below", "--top-k must"]),
+        (["--prompt", b"now \xff"], ["--prompt is not UTF-8"]),
         (["--checkpoint", "12345"], ["no checkpoint '12345'", "there are: 30, 60"]),
         (["--device", "tpu"], ["JAX finds no tpu here"]),
         (["--tempature", "1"], ["--tempature", "perhaps --temperature"]),
@@ -98,12 +104,12 @@ def test_bad_input_is_one_clear_line(run, command, tmp_path, flags, words):
     assert_one_clear_line(command(GENERATE, "--run-dir", run, *flags), *words)
 
 
-def test_an_unknown_character_is_named_or_skipped(run, command):
-    result = command(GENERATE, "--run-dir", run, "--prompt", "now Ω", "--max-new-tokens", 5)
-    if "char" in str(result.stderr):
+def test_an_unknown_character_is_named_or_skipped_where_there_are_such(run, command):
+    flags = ["--run-dir", run, "--prompt", "now Ω", "--max-new-tokens", 5]
+    result = command(GENERATE, *flags)
+    if run.name == "char":
         assert_one_clear_line(result, "'Ω'", "--unknown skip")
-        flags = ["--run-dir", run, "--prompt", "now Ω", "--max-new-tokens", 5, "--unknown", "skip"]
-        result = command(GENERATE, *flags)
+        result = command(GENERATE, *flags, "--unknown", "skip")
     assert result.returncode == 0 and result.stdout.startswith("now Ω")
 
 

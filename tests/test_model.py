@@ -263,6 +263,17 @@ def test_remat_and_unrolling_change_no_gradient(change):
         assert relative_error(a, b) < 1e-5
 
 
+def test_remat_holds_far_fewer_bytes():
+    config = dataclasses.replace(SMALL, n_layer=8, block_size=256)
+    params, tokens = init_params(config, 0), tokens_for(config)
+
+    def scratch(config):
+        grad = jax.jit(jax.grad(lambda p: model.apply(config, p, tokens)[0].var()))
+        return grad.lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch(dataclasses.replace(config, remat=True)) < scratch(config) / 2
+
+
 # ------------------------------------------------------------------------------ cache
 
 

@@ -1,17 +1,12 @@
 """Rows to devices, copies to devices, and the rule for CPU devices."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gptjax import parallel
-from gptjax.config import PRESETS, ModelConfig, TrainConfig
 from gptjax.errors import UserError
-
-SMALL = TrainConfig(model=ModelConfig(2, 2, 32, 16, vocab_size=50), batch_size=12)
 
 
 def test_rows_reach_devices_and_micro_batches_in_order():
@@ -36,7 +31,7 @@ def test_copies_go_out_and_come_back_unchanged():
     assert stacked["a"].shape == (8, 2, 3)
     for back in (parallel.unreplicate(stacked), parallel.first_copy(stacked)):
         assert jax.tree.all(jax.tree.map(np.array_equal, back, tree))
-    assert len(parallel.unreplicate(stacked)["a"].sharding.device_set) == 8
+    assert len(parallel.unreplicate(stacked)["a"].sharding.device_set) == 1  # one process
     assert parallel.fetch(parallel.replicate({"x": jnp.float32(1.5)})) == {"x": 1.5}
 
 
@@ -49,6 +44,14 @@ def test_what_unreplicate_returns_survives_donation_of_the_original():
     assert np.array_equal(one["a"], np.arange(1000.0))
 
 
+def test_all_devices_learn_the_largest_stop_signal_after_the_same_step():
+    step = parallel.map_train_step(lambda state, batch, axis_name: (state, {"loss": batch.sum()}))
+    batch = np.ones((8, 1))
+    _, quiet = step(parallel.replicate({"x": jnp.zeros(3)}), batch)
+    _, stopped = step(parallel.replicate({"x": jnp.zeros(3)}), batch, stop=15)
+    assert (parallel.fetch(quiet)["stop"], parallel.fetch(stopped)["stop"]) == (0, 15)
+
+
 @pytest.mark.parametrize(
     ("cores", "batch", "devices"), [(2, 12, 2), (16, 12, 12), (8, 7, 7), (4, 9, 3), (1, 12, 1)]
 )
@@ -56,11 +59,11 @@ def test_a_small_model_gets_one_cpu_device_per_core_that_divides_its_batch(
     monkeypatch, cores, batch, devices
 ):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
-    assert parallel._cpu_devices(dataclasses.replace(SMALL, batch_size=batch)) == devices
+    assert parallel._cpu_devices(800_000, batch) == devices
 
 
 def test_a_large_model_gets_one_cpu_device():
-    assert parallel._cpu_devices(TrainConfig(model=PRESETS["gpt2"], batch_size=16)) == 1
+    assert parallel._cpu_devices(85_000_000, 16) == 1
 
 
 def test_xla_flags_of_the_user_are_kept(monkeypatch):

@@ -1,6 +1,7 @@
 """The step: accumulation, devices, dropout keys, and a trajectory against PyTorch."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ def test_accumulated_micro_batches_equal_the_big_batch():
 def test_eight_devices_equal_one():
     alone = init_state(CONFIG)
     together = parallel.replicate(alone)
-    mapped = parallel.train_step(CONFIG)
+    mapped = parallel.map_train_step(partial(train.train_step, config=CONFIG))
     step = step_alone()
     for i in range(5):
         alone, expected = step(alone, rows_at(i)[None])
@@ -62,7 +63,7 @@ def test_eight_devices_equal_one():
 def test_every_device_holds_bitwise_the_same_state_after_steps_with_dropout():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=0.3))
     state = parallel.replicate(init_state(config))
-    step = parallel.train_step(config)
+    step = parallel.map_train_step(partial(train.train_step, config=config))
     for i in range(3):
         state, _ = step(state, parallel.split_rows(rows_at(i), 1))
     for leaf in jax.tree.leaves(state):
@@ -128,7 +129,7 @@ def test_evaluation_is_the_weighted_mean_of_pytorchs_losses():
     windows, weights = data.windows_at(TOKENS[:1000], np.array([0, 990]), 16, 8)
     stacked = parallel.replicate(params)
     pieces = (parallel.split_rows(part, 1)[:, 0] for part in (windows, weights))
-    sums = parallel.eval_step(MODEL)(stacked, *pieces)
+    sums = parallel.map_eval_step(partial(train.eval_step, config=MODEL))(stacked, *pieces)
     got = parallel.fetch({"loss": sums[0], "count": sums[1]})
     whole = torch.from_numpy(windows[:1]).long()
     short = torch.from_numpy(windows[1:2, :10]).long()  # 990 ... 999: nine targets
@@ -139,16 +140,16 @@ def test_evaluation_is_the_weighted_mean_of_pytorchs_losses():
     assert got["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_one_trace_serves_all_steps():
+def test_one_trace_serves_all_steps_on_all_devices():
     traces = []
 
-    def counted(state, batch):
+    def counted(state, batch, axis_name):
         traces.append(1)
-        return train.train_step(state, batch, CONFIG)
+        return train.train_step(state, batch, CONFIG, axis_name)
 
-    step, state = jax.jit(counted), init_state(CONFIG)
+    step, state = parallel.map_train_step(counted), parallel.replicate(init_state(CONFIG))
     for i in range(4):
-        state, _ = step(state, rows_at(i)[None])
+        state, _ = step(state, parallel.split_rows(rows_at(i), 1), stop=i)
     assert len(traces) == 1
 
 

@@ -7,12 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import torch
+import torch_gpt
 from conftest import ROOT, SHAKESPEARE, assert_one_clear_line, command_environment
 
 import train_jax
@@ -24,7 +25,7 @@ TRAIN = ROOT / "train_jax.py"
 TINY = (
     "--data.source text.txt --model.n-layer 2 --model.n-head 2 --model.n-embd 16"
     " --model.block-size 16 --model.dropout 0.1 --batch-size 8 --max-steps 40 --eval-interval 10"
-    " --log-interval 5 --sample-tokens 20 --num-devices 2"
+    " --log-interval 5 --sample-tokens 20 --eval-full-split --num-devices 2"
 ).split()
 
 
@@ -83,6 +84,24 @@ def test_a_run_prepares_trains_evaluates_saves_and_prints_a_sample(uninterrupted
     assert 3.5 < rows[0]["val_loss"] < 4.2  # ln of the vocabulary of about 45
     assert all(np.isfinite(row["grad_norm"]) for row in rows[1:])
     assert "batch      8 x 16 = 128 tokens per step" in out
+
+
+def test_the_exact_validation_loss_is_pytorchs_over_the_whole_split(uninterrupted):
+    run_dir, _ = uninterrupted
+    with Checkpoints(run_dir) as checkpoints:
+        config = checkpoints.facts(40).config
+        shapes = jax.eval_shape(lambda: train.init_state(config).params)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        params = checkpoints.restore(40, params=checkpoint.abstract(shapes, here))["params"]
+    theirs = torch_gpt.load(config.model, params)
+    val = np.fromfile(Path(config.data.dir) / "val.bin", "<u2").astype(np.int64)
+    total = 0.0
+    for start in range(0, len(val) - 1, 16):
+        window = torch.from_numpy(val[start : start + 17])[None]
+        with torch.no_grad():
+            loss = theirs(window[:, :-1], window[:, 1:])[1]
+        total += loss.item() * (window.shape[1] - 1)
+    assert logged(run_dir)[-1]["val_loss"] == pytest.approx(total / (len(val) - 1), rel=1e-6)
 
 
 def test_the_same_command_again_finds_the_run_complete(uninterrupted, cache_dir):
@@ -160,8 +179,9 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(uninterrupted,
 
     before = final_state(run_dir)
     assert_one_clear_line(
-        resume("--learning-rate", "0.5", "--model.n-layer", "3"),
+        resume("--learning-rate", "0.5", "--model.n-layer", "3", "--data.source", "other.txt"),
         "model.n_layer: 2 in the run, 3 now", "learning_rate: 0.002 in the run, 0.5 now",
+        "data.source: 'text.txt' in the run, 'other.txt' now",
     )  # fmt: skip
     assert all(map(np.array_equal, before, final_state(run_dir)))
 
@@ -177,31 +197,30 @@ def test_another_text_is_noticed_by_its_fingerprint(uninterrupted, tmp_path, cac
     tokens[100] = (tokens[100] + 1) % 10
     tokens.tofile(tmp_path / "set" / "train.bin")
     result = command(TRAIN, "--run-dir", "run", "--data.dir", "set")
-    assert_one_clear_line(result, "the tokens are not those the run was trained on")
+    assert_one_clear_line(result, "the tokens: fingerprint", "in the run", "in set now")
 
 
-def test_two_processes_train_as_one_does(uninterrupted, tmp_path, text_file, cache_dir):
-    """Two real processes with one CPU device each, over gloo: the same losses as two devices in
-    one process."""
+def start_two(tmp_path: Path, cache_dir: Path, *more: str) -> list[subprocess.Popen]:
+    """Two real processes with one CPU device each, over gloo."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    # Without dropout, whose masks follow the device's number all the same.
     for rank in range(2):
         environment = command_environment(
             cache_dir, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(rank),
         )  # fmt: skip
-        flags = [*TINY[:-1], "1", "--run-dir", "run"]
+        flags = [*TINY, "--num-devices", "1", "--run-dir", "run", *more]
         processes.append(subprocess.Popen(
             [sys.executable, TRAIN, *flags], cwd=tmp_path, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         ))  # fmt: skip
-        if rank == 0:  # both would prepare the set; the first does
-            while not list(tmp_path.glob("data/*/meta.json")):
-                assert processes[0].poll() is None, processes[0].communicate()
-                time.sleep(0.05)
+    return processes
+
+
+def test_two_processes_train_as_one_does(uninterrupted, tmp_path, text_file, cache_dir):
+    processes = start_two(tmp_path, cache_dir)
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 x cpu on 2 hosts" in outputs[0][0]
@@ -214,6 +233,20 @@ def test_two_processes_train_as_one_does(uninterrupted, tmp_path, text_file, cac
         np.testing.assert_allclose(x, y, atol=1e-3)
 
 
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
+    uninterrupted, tmp_path, text_file, cache_dir, command
+):
+    processes = start_two(tmp_path, cache_dir, "--max-steps", "4000", "--lr-decay-steps", "40")
+    wait_for(processes[0], "step 15/4000")
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    saved = {re.search(r"saved step (\d+)", out)[1] for out, _ in outputs}
+    assert len(saved) == 1
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert {str(checkpoints.latest_step)} == saved
+
+
 # ----------------------------------------------------------------------------- bad input
 
 
@@ -222,10 +255,14 @@ def test_two_processes_train_as_one_does(uninterrupted, tmp_path, text_file, cac
     [
         ("--model.n-layr 4", ["--model.n-layr", "perhaps --model.n-layer"]),
         ("--max-steps many", ["--max-steps", "'many'"]),
-        ("--model.n-head 3 --batch-size 0", ["n_embd 16", "n_head 3", "batch_size 0"]),
+        (
+            "--model.n-head 3 --batch-size 0 --sed 1",
+            ["n_embd 16", "n_head 3", "batch_size 0", "--sed", "perhaps --seed"],
+        ),
         ("--batch-size 9", ["batch_size 9 does not divide over 2 device(s)", "use 8 or 10"]),
         ("--model.block-size 100000", ["has", "tokens, but one block needs 100001"]),
-        ("--model.vocab-size 5", ["model.vocab_size 5 is below the"]),
+        ("--model.vocab-size 5", ["model.vocab_size 5 is not the"]),
+        ("--model.vocab-size 50304", ["--model.vocab-multiple 64"]),
         ("--device gpu", ["--device gpu: JAX finds no gpu here"]),
         ("--data.source nope.txt", ["no text at 'nope.txt'"]),
         ("--data.dir nope", ["no folder nope"]),
@@ -242,15 +279,12 @@ def test_bad_input_is_one_clear_line(command, text_file, tmp_path, flags, words)
 def test_a_non_finite_loss_stops_names_the_step_and_keeps_the_last_good_checkpoint(
     command, text_file, tmp_path
 ):
-    flags = "--learning-rate 1e30 --min-lr 0 --grad-clip 0 --warmup-steps 12 --eval-interval 1"
-    result = command(TRAIN, *TINY, "--run-dir", "run", *flags.split())
-    assert_one_clear_line(result, "became", "at step", "the last good checkpoint is", code=1)
-    bad = int(re.search(r"at step (\d+)", result.stderr)[1])
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert checkpoints.latest_step is None or checkpoints.latest_step < bad
-        if checkpoints.latest_step:
-            state = final_state(tmp_path / "run", checkpoints.latest_step)
-            assert all(np.isfinite(x).all() for x in state)
+    # The rate rises until the weights overflow; every step is saved, few are evaluated.
+    flags = "--learning-rate 1e36 --min-lr 0 --grad-clip 0 --warmup-steps 39 --save-interval 1"
+    result = command(TRAIN, *TINY, "--run-dir", "wild", *flags.split())
+    assert_one_clear_line(result, "became", "the last good checkpoint is step", code=1)
+    with Checkpoints(tmp_path / "wild") as checkpoints:
+        assert checkpoints.latest_step is None
 
 
 def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_survives(
@@ -271,10 +305,15 @@ def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_survives(
 # ------------------------------------------------------------------------------ settings
 
 
+MAKE = "from gptjax.config import TrainConfig\nconfig = TrainConfig({})"
+
+
 def test_config_files_that_are_wrong_say_how(tmp_path):
     cases = {
         "syntax.py": ("config = (", "SyntaxError"),
-        "type.py": ("from gptjax.config import TrainConfig\nconfig = TrainConfig(n=1)", "'n'"),
+        "key.py": (MAKE.format("batch_sise=1"), "did you mean batch_size?"),
+        "type.py": (MAKE.format("batch_size='4'"), "batch_size is '4'; expected int"),
+        "range.py": (MAKE.format("batch_size=-4"), "batch_size -4 must be at least 1"),
         "empty.py": ("", "must set `config = TrainConfig(...)`"),
     }
     for name, (text, words) in cases.items():
