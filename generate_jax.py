@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax import checkpoint, cli, corpus, generate, parallel, tokenizers
 from gptjax.checkpoint import Checkpoints, Facts
-from gptjax.config import DeviceKind
+from gptjax.config import LARGEST, DeviceKind
 from gptjax.errors import UserError
 from gptjax.model import Params, init_params
 from gptjax.tokenizers import Tokenizer
@@ -60,15 +60,13 @@ class GenerateFlags:
         """Each setting that is out of range, in words."""
         out = []
         for name, least in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                out.append(f"--{name.replace('_', '-')} must be at least {least}")
-        if not 0 <= self.temperature < float("inf"):
-            out.append(f"--temperature {self.temperature} must be a number of at least 0")
+            if not least <= getattr(self, name) < LARGEST:
+                flag = name.replace("_", "-")
+                out.append(f"--{flag} must be at least {least} and below {LARGEST}")
+        if not 0 <= self.temperature <= 1e6:
+            out.append(f"--temperature {self.temperature} is outside [0, 1e6]")
         if not 0 < self.top_p <= 1:
             out.append(f"--top-p {self.top_p} is outside (0, 1]")
-        for name, limit in (("seed", 2**32), ("top_k", 2**31)):
-            if getattr(self, name) >= limit:
-                out.append(f"--{name.replace('_', '-')} must be below {limit}")
         if "" in self.stop:
             out.append("--stop must not be empty")
         return out
@@ -91,6 +89,8 @@ def read_prompt(flags: GenerateFlags) -> str:
         if flags.prompt_file is None:
             # Arguments that are not UTF-8 come as lone surrogates.
             return flags.prompt.encode(errors="surrogateescape").decode()
+        if flags.prompt_file == "-" and sys.stdin is None:
+            raise UserError("--prompt-file -: standard input is closed")
         if flags.prompt_file == "-":
             return sys.stdin.buffer.read().decode()
         return Path(flags.prompt_file).read_bytes().decode()
@@ -98,7 +98,7 @@ def read_prompt(flags: GenerateFlags) -> str:
         raise UserError(
             f"cannot read --prompt-file {flags.prompt_file}: {error.strerror}"
         ) from None
-    except UnicodeDecodeError:
+    except UnicodeError:
         where = "--prompt" if flags.prompt_file is None else f"--prompt-file {flags.prompt_file}"
         raise UserError(f"{where} is not UTF-8 text") from None
 

@@ -39,18 +39,35 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def read_settings(argv: list[str]) -> TrainConfig:
     """The config file, or the existing run's settings, or the quickstart; then the flags."""
-    asked = re.search(r"(?:^|\0)--run[-_]dir[=\0]([^\0]+)", "\0".join(argv))
-    run_dir = Path(asked.group(1)) if asked else None
+    asked = re.findall(r"(?:^|\0)--run[-_]dir[=\0]([^\0]+)", "\0".join(argv))
+    run_dir = Path(asked[-1]) if asked else None  # the last of a flag counts, as everywhere
     has_file = bool(argv) and not argv[0].startswith("-")
     if has_file:
         name, default = Path(argv[0]).stem, load_config(Path(argv[0]))
-    elif run_dir and (run_dir / "config.json").is_file():
-        where = run_dir / "config.json"
-        name, default = run_dir.name, config_lib.from_json(where.read_text(), str(where))
+    elif run_dir and (saved := saved_settings(run_dir)):
+        name, default = run_dir.name, saved
     else:
         name, default = "quickstart", load_config(CONFIGS / "quickstart.py")
     _, config = cli.parse(default, argv, "python train_jax.py", "CONFIG.py")
     return dataclasses.replace(config, run_dir=config.run_dir or f"runs/{name}")
+
+
+def saved_settings(run_dir: Path) -> TrainConfig | None:
+    """Those of a run that exists, from config.json or else from its newest checkpoint; without
+    the place of its data if they are no longer there: then they are made again."""
+    try:
+        text = (run_dir / "config.json").read_text(encoding="utf-8")
+        config = config_lib.from_json(text, str(run_dir / "config.json"))
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        facts = checkpoint.newest_facts(run_dir)
+        if facts is None and isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return None
+        if facts is None:
+            raise UserError(f"cannot read the settings of {run_dir}: {error}") from None
+        config = facts.config
+    if config.data.dir and not Path(config.data.dir).exists():
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None))
+    return config
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -92,12 +109,9 @@ def open_data(config: TrainConfig, console: Console) -> tuple[TrainConfig, Datas
     model's vocabulary filled in."""
     folder = Path(config.data.dir) if config.data.dir else data.default_dir(config.data)
     if not folder.exists():
-        if config.data.dir and not Path(config.run_dir or "", "config.json").is_file():
+        if config.data.dir:
             raise UserError(f"no folder {folder} (--data.dir); python -m gptjax.data makes one")
-        # A resumed run whose set is gone: make it again; its fingerprint is checked below.
-        folder = data.default_dir(config.data)
-        if not folder.exists():
-            data.prepare(config.data, folder, console)
+        data.prepare(config.data, folder, console)
     dataset = data.load(folder)
     ids = dataset.tokenizer.n_vocab
     if config.model.vocab_size not in (None, ids):
@@ -110,7 +124,7 @@ def open_data(config: TrainConfig, console: Console) -> tuple[TrainConfig, Datas
     if len(dataset.train) < need:
         raise UserError(
             f"the training split of {folder} has {len(dataset.train)} tokens, but one block needs"
-            f" {need}: use more text or --model.block-size {len(dataset.train) - 1} or less"
+            f" {need}: use more text or --model.block-size {max(1, len(dataset.train) - 1)} or less"
         )
     return (
         dataclasses.replace(
@@ -195,6 +209,10 @@ class Run:
                 " the set is damaged, prepare it again"
             )
 
+    def _safe(self) -> str:
+        step = self.checkpoints.latest_step
+        return "there is no checkpoint yet" if step is None else f"step {step} is saved"
+
     def evaluate(self, batches: int | None) -> float:
         """Mean validation loss in nats per token, over so many batches of fixed windows, or over
         the whole split (None).
@@ -217,10 +235,7 @@ class Run:
         sums = [parallel.fetch({"loss": loss, "count": count}) for loss, count in pending]
         loss, count = (math.fsum(part[name] for part in sums) for name in ("loss", "count"))
         if not math.isfinite(loss):
-            raise RunError(
-                f"the validation loss became {loss}; the last good checkpoint is step"
-                f" {self.checkpoints.latest_step}"
-            )
+            raise RunError(f"the validation loss became {loss}; {self._safe()}")
         return loss / count
 
     def save(self, step: int, val_loss: float | None) -> None:
@@ -276,9 +291,8 @@ class Run:
             bad = [n for n in ("train_loss", "grad_norm") if not math.isfinite(row[n])]
             if bad:
                 raise RunError(
-                    f"{bad[0]} became {row[bad[0]]} at step {step}; the last good checkpoint is"
-                    f" step {self.checkpoints.latest_step}; lower --learning-rate or raise"
-                    " --warmup-steps, in another --run-dir"
+                    f"{bad[0]} became {row[bad[0]]} at step {step}; {self._safe()};"
+                    " lower --learning-rate or raise --warmup-steps, in another --run-dir"
                 )
             return row
 
@@ -336,7 +350,7 @@ class Run:
             if evaluates or done % config.log_interval == 0:
                 report(row)
             with clock.paused():
-                if saves or stop:
+                if saves or stop or best:
                     self.save(done, val_loss)
                 if val_loss is not None:
                     mark = " (best)" if best else ""
@@ -362,6 +376,9 @@ def main(argv: list[str]) -> None:
     config, dataset = open_data(config, Console())
 
     run_dir = Path(config.run_dir or "")
+    for folder in (run_dir, run_dir / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     resume = f"python train_jax.py --run-dir {shlex.quote(str(run_dir))}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,9 @@ from gptjax import config as config_lib
 from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError
 
-# Orbax logs the traceback of a failed save, then raises it: once is enough.
-logging.getLogger("absl").addFilter(lambda r: "raised an exception" not in r.getMessage())
+# Orbax logs the tracebacks of a failed save or load, then raises it: once is enough.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +56,19 @@ class Checkpoints:
             reverse=True,
             keep_checkpoints_without_metrics=False,
         )
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), best] if keep else [policies.PreserveAll()]
-            ),
-            cleanup_tmp_directories=keep is not None,
-        )
+        try:
+            self._orbax = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), best] if keep else [policies.PreserveAll()]
+                ),
+                cleanup_tmp_directories=keep is not None,
+            )
+        except ValueError as error:  # bad JSON or UTF-8 in a checkpoint's metrics
+            raise UserError(
+                f"a checkpoint in {self.directory} is damaged: {_first_line(error)};"
+                " delete the one that has a broken metrics/metrics file"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -90,7 +97,7 @@ class Checkpoints:
         """
         steps = [c.step for c in self._orbax.checkpoints]
         step = {"latest": self.latest_step, "best": self.best_step}.get(name)
-        if step is None and name.isdigit() and int(name) in steps:
+        if step is None and name in map(str, steps):
             step = int(name)
         if step is None:
             there = ", ".join(map(str, steps)) or "none"
@@ -141,17 +148,7 @@ class Checkpoints:
 
     def facts(self, step: int) -> Facts:
         """Raises UserError if the checkpoint is damaged."""
-        where = f"{self.directory}/{step}"
-        try:
-            metadata = self._orbax.checkpointables_metadata(step).custom_metadata
-            return Facts(
-                config_lib.from_json(json.dumps(metadata["config"]), where),
-                metadata["tokenizer"],
-                metadata["data_fingerprint"],
-                metadata["best_val_loss"],
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the checkpoint {where} is damaged: {error!r}") from error
+        return _read_facts(self.directory / str(step))
 
     def restore(self, step: int, **targets: Any) -> dict[str, Any]:
         """Load `params` and/or `opt_state` as given: trees of jax.ShapeDtypeStruct with a
@@ -163,9 +160,41 @@ class Checkpoints:
         try:
             return self._orbax.load_checkpointables(step, targets)
         except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
+            reason = _first_line(error)
+            if "incompatible handler" in reason:
+                reason = "it is damaged"
             raise UserError(
-                f"the checkpoint {self.directory}/{step} cannot be read: {_first_line(error)}"
+                f"the checkpoint {self.directory}/{step} cannot be read: {reason};"
+                " delete it to go on from the one before"
             ) from error
+
+
+def newest_facts(run_dir: Path) -> Facts | None:
+    """Of the newest checkpoint of a run, without waking Orbax or JAX; None where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    steps = [p for p in run_dir.glob("checkpoints/*") if p.name.isdecimal()]
+    return _read_facts(max(steps, key=lambda p: int(p.name))) if steps else None
+
+
+def _read_facts(checkpoint: Path) -> Facts:
+    # Orbax's own reader of this file would open every array's metadata besides.
+    try:
+        text = (checkpoint / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
+        metadata = json.loads(text)["custom_metadata"]
+        return Facts(
+            config_lib.from_json(json.dumps(metadata["config"]), str(checkpoint)),
+            metadata["tokenizer"],
+            metadata["data_fingerprint"],
+            metadata["best_val_loss"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged ({type(error).__name__} in its metadata);"
+            " delete it to go on from the one before"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -11,6 +13,11 @@ import tyro
 
 from gptjax.config import flatten
 from gptjax.errors import UserError
+
+OUT_OF_MEMORY = (
+    "out of memory; lower batch_size or num_samples, raise gradient_accumulation_steps, or turn on"
+    " model.remat"
+)
 
 
 class Checked(Protocol):
@@ -54,8 +61,10 @@ def parse(
             if not stop.code:
                 raise
             message = _one_line(errors.getvalue())
-            problems.append(message)
+            if positional and "--" not in message.split(" (")[0]:
+                message += f" ({positional} comes first, flags after it)"
             # tyro reports one kind of mistake at a time: leave those flags out and look again.
+            problems.append(message)
             rest = _without(arguments, re.findall(r"--[\w.-]+", message.split(";")[0]))
             if rest == arguments:
                 break
@@ -98,7 +107,7 @@ def _one_line(box: str) -> str:
     text = re.sub(r"Perhaps you meant:", "; perhaps", text)
     # Keep the suggested flag's name and type, drop its long description.
     text = re.sub(r"(perhaps --\S+ \S+).*?(?=; for --|$)", r"\1", text)
-    return text.replace(" ;", ";").strip()
+    return text.replace(" ;", ";").strip(" .")
 
 
 def _without(arguments: list[str], flags: list[str]) -> list[str]:
@@ -115,14 +124,32 @@ def _without(arguments: list[str], flags: list[str]) -> list[str]:
 
 def run(main: Callable[[list[str]], None]) -> int:
     """Call `main` with the command line; the process's exit code."""
+    # As Ctrl-C does, SIGTERM unwinds: what is half done gets cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(str(error), error.exit_code)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
+    except MemoryError:
+        return _failed(OUT_OF_MEMORY, 1)
+    except OSError as error:
+        return _failed(f"{error.filename or 'output'}: {error.strerror}", 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _failed(OUT_OF_MEMORY, 1)
     return 0
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

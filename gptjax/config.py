@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from gptjax.errors import UserError
 
+LARGEST = 2**31
+"""Whole numbers are int32 on devices."""
+
 DeviceKind = Literal["auto", "cpu", "gpu", "tpu"]
 TokenizerKind = Literal["char", "gpt2", "sentencepiece"]
 
@@ -99,9 +102,9 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Each setting that is out of range, in words; empty when the model can be built."""
-        out = _below(self, 0, "n_layer", "scan_unroll")
-        out += _below(self, 1, "n_head", "n_embd", "block_size", "attention_window")
-        out += _below(self, 1, "vocab_size", "vocab_multiple")
+        out = _outside(self, 0, "n_layer", "scan_unroll")
+        out += _outside(self, 1, "n_head", "n_embd", "block_size", "attention_window")
+        out += _outside(self, 1, "vocab_size", "vocab_multiple")
         if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
             near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
             close = sorted(sorted(near, key=lambda h: abs(h - self.n_head))[:3])
@@ -138,7 +141,9 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """Each setting that is out of range, in words."""
-        out = _below(self, 1, "sentencepiece_vocab_size")
+        out = _outside(self, 1, "sentencepiece_vocab_size")
+        if not self.source:
+            out.append("data.source is empty; name a file, a folder or a glob")
         if not 0 < self.val_fraction < 1:
             out.append(f"data.val_fraction {self.val_fraction} is outside (0, 1)")
         return out
@@ -182,7 +187,8 @@ class TrainConfig:
     log_interval: int = 10
     """Steps between progress lines."""
     eval_interval: int = 250
-    """Steps between evaluations; each is followed by a checkpoint and a sample."""
+    """Steps between evaluations; each is followed by a checkpoint (unless save_interval says
+    otherwise and it is not the best) and a sample."""
     eval_batches: int = 20
     """Batches of fixed validation windows per evaluation."""
     eval_full_split: bool = False
@@ -206,12 +212,14 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """Each setting that is out of range, in words."""
         out = self.model.problems() + self.data.problems()
-        out += _below(self, 0, "seed", "warmup_steps", "sample_tokens")
-        if self.seed >= 2**32:
-            out.append(f"seed {self.seed} must be below 2**32")
-        out += _below(self, 1, "batch_size", "gradient_accumulation_steps", "max_steps")
-        out += _below(self, 1, "log_interval", "eval_interval", "eval_batches", "save_interval")
-        out += _below(self, 1, "keep_checkpoints", "num_devices", "lr_decay_steps")
+        out += _outside(self, 0, "seed", "warmup_steps", "sample_tokens")
+        if self.num_devices and self.num_devices > 1024:
+            out.append(f"num_devices {self.num_devices} must be at most 1024")
+        if self.run_dir == "":
+            out.append("run_dir is empty; name a folder")
+        out += _outside(self, 1, "batch_size", "gradient_accumulation_steps", "max_steps")
+        out += _outside(self, 1, "log_interval", "eval_interval", "eval_batches", "save_interval")
+        out += _outside(self, 1, "keep_checkpoints", "num_devices", "lr_decay_steps")
         for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -339,14 +347,17 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _below(config: Any, least: int, *names: str) -> list[str]:
+def _outside(config: Any, least: int, *names: str) -> list[str]:
+    """What is wrong with whole numbers that must lie in [least, LARGEST)."""
     prefix = {ModelConfig: "model.", DataConfig: "data."}.get(type(config), "")
-    values = {name: getattr(config, name) for name in names}
-    return [
-        f"{prefix}{name} {value} must be at least {least}"
-        for name, value in values.items()
-        if value is not None and value < least
-    ]
+    out = []
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            out.append(f"{prefix}{name} {value} must be at least {least}")
+        if value is not None and value >= LARGEST:
+            out.append(f"{prefix}{name} {value} must be below {LARGEST}")
+    return out
 
 
 def _either(values: list[int]) -> str:

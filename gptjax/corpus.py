@@ -156,7 +156,9 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
                 raise UserError(f"{path}, line {number} is not JSON in UTF-8") from None
             text = document.get("text") if isinstance(document, dict) else None
             if not isinstance(text, str):
-                has = ", ".join(document) if isinstance(document, dict) else "no fields"
+                has = ", ".join(document) if isinstance(document, dict) else ""
+                if "text" in has.split(", "):
+                    has = f"text: {json.dumps(text)[:40]}"
                 raise UserError(
                     f"{path}, line {number} has no string field `text` (it has {has or 'none'})"
                 )
@@ -187,7 +189,8 @@ def _cut(texts: Iterator[str]) -> Iterator[str]:
 def _last_word_end(text: str) -> int:
     """The last place where a word is followed by a space or line end; 0 if there is none."""
     end = len(text)
-    while (end := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
-        if not text[end - 1].isspace():
+    while (cut := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
+        end = len(text[:cut].rstrip())  # skips a whole run of white space at once
+        if end and text[end] in " \n":
             return end
     return 0

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,8 @@ from gptjax.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokeniz
 
 # sentencepiece learns from at most this many characters, taken evenly from the whole text.
 SENTENCEPIECE_SAMPLE = 10_000_000
+# Pieces (of about a megabyte) that are encoded at the same time.
+IN_FLIGHT = min(8, 2 * (os.cpu_count() or 1))
 # A fingerprint reads this many bytes at most, in evenly spaced blocks.
 FINGERPRINT_BYTES = 64 << 20
 FINGERPRINT_BLOCK = 1 << 20
@@ -100,7 +103,7 @@ def _prepare_into(folder: Path, config: DataConfig, files: list[Path], console: 
     if min(tokens.values()) < 2:
         raise UserError(
             f"{config.source} gives {tokens['train']} training and {tokens['val']} validation"
-            " tokens; expected at least 2 of each: use more text or another --data.val-fraction"
+            " tokens; expected at least 2 of each: use more text or another val_fraction"
         )
     meta = {
         "source": config.source,
@@ -179,10 +182,10 @@ def _encode_in_order(
         return split, len(piece), tokenizer.encode(piece)
 
     waiting: deque[Future[tuple[str, int, np.ndarray]]] = deque()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
         for split, piece in todo:
             waiting.append(pool.submit(encode, split, piece))
-            if len(waiting) > 2 * (os.cpu_count() or 1):
+            if len(waiting) > IN_FLIGHT:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -244,6 +247,8 @@ def load(folder: Path) -> Dataset:
                 f"{path} holds {len(tokens):,} tokens, but meta.json says"
                 f" {meta[f'{split}_tokens']:,}: it is damaged or was replaced; prepare it again"
             )
+        if split == "val" and len(tokens) < 2:
+            raise UserError(f"{path} holds one token; nothing can be predicted in it")
         splits[split] = tokens
     digest = hashlib.sha256()
     for split, tokens in splits.items():
@@ -265,6 +270,8 @@ def _read_meta(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
         raise UserError(f"{folder} is damaged ({error}); prepare it again") from None
     if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
         raise UserError(f"{where} is damaged: expected an object with dtype uint16 or uint32")
+    if not all(isinstance(meta.get(f"{s}_tokens"), int) for s in ("train", "val")):
+        raise UserError(f"{where} is damaged: expected whole numbers train_tokens and val_tokens")
     return meta, tokenizers.from_json(text, str(folder / "tokenizer.json"))
 
 
@@ -382,7 +389,7 @@ def main(argv: list[str]) -> None:
     config = flags.config(source)
     out = Path(flags.out) if flags.out else default_dir(config)
     prepare(config, out, Console())
-    print(f"train on it: python train_jax.py --data.dir {out}")
+    print(f"train on it: python train_jax.py --data.dir {shlex.quote(str(out))}")
 
 
 if __name__ == "__main__":

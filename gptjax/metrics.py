@@ -27,17 +27,36 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"cannot read {path}: {reason}") from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            row["step"] + 0  # a row that holds no step is damaged too
-            rows.append(row)
-        except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is damaged") from None
+        except ValueError:
+            if number == len(lines):
+                break  # cut short
+            row = None
+        if not _is_row(row):
+            raise UserError(f"{path}, line {number} is damaged; remove it")
+        rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """A whole step, and numbers or null elsewhere."""
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(type(row.get(f)) in (int, float, type(None)) for f in FIELDS)
+    )
+
+
+class _Console(Console):
+    """Rich ends the process when a reader goes away; a training run must not end for that."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 class Log:
@@ -50,7 +69,7 @@ class Log:
         self._writes = writes
         rows = read(path) if resume_step and path.exists() else []
         kept = [row for row in rows if row["step"] <= resume_step]
-        self.seconds = float(kept[-1]["seconds"]) if kept else 0.0
+        self.seconds = float(kept[-1].get("seconds") or 0) if kept else 0.0
         """Training time, in seconds, up to the last row kept."""
         scratch = path.with_suffix(".tmp")
         self._write(scratch, "w", kept)
@@ -113,7 +132,7 @@ class Display:
     the first."""
 
     def __init__(self, *, total: int, done: int, visible: bool):
-        self._console = Console(quiet=not visible, highlight=False, soft_wrap=True)
+        self._console = _Console(quiet=not visible, highlight=False, soft_wrap=True)
         self._total = total
         self._live = self._console.is_terminal and visible
         self._bar = Progress(
@@ -130,8 +149,9 @@ class Display:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        self._console.print(text, markup=False)
+        """A line that stays. Where nobody can read it any more, the work goes on."""
+        with contextlib.suppress(OSError):
+            self._console.print(text, markup=False)
 
     def progress(self, row: dict[str, Any], mfu: float | None, seconds_left: float | None) -> None:
         """One log interval's numbers; None: not known."""

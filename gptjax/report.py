@@ -35,6 +35,8 @@ def draw(run_dirs: list[Path], out: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for number, run_dir in enumerate(run_dirs):
         rows = metrics.read(run_dir / "metrics.jsonl")
+        if not any(row.get(f) is not None for row in rows for f in ("train_loss", "val_loss")):
+            raise UserError(f"{run_dir}/metrics.jsonl has no losses yet")
         for field, style in (("train_loss", "-"), ("val_loss", "o--")):
             points = [(row["step"], row[field]) for row in rows if row.get(field) is not None]
             if points:
@@ -49,6 +51,8 @@ def draw(run_dirs: list[Path], out: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     try:
+        if out.is_dir():
+            raise UserError(f"cannot draw {out}: it is a folder; name a picture in it")
         figure.savefig(out, dpi=120)
     except ValueError as error:
         raise UserError(f"cannot draw {out}: {error}") from None

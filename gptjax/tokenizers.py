@@ -102,7 +102,7 @@ class Gpt2Tokenizer:
                 raise UserError(
                     "GPT-2's merges are not on this machine and could not be downloaded"
                     f" ({type(error).__name__}); point TIKTOKEN_CACHE_DIR at a folder that has"
-                    " them, or choose --data.tokenizer sentencepiece"
+                    " them, or choose the tokenizer sentencepiece"
                 ) from None
         assert ranks is not None
         self.ranks = ranks
@@ -170,13 +170,14 @@ class SentencePieceTokenizer:
                 byte_fallback=True,
                 character_coverage=0.9999,
                 user_defined_symbols=["\n"],
+                unk_surface="\ufffd",
                 minloglevel=2,
             )
-        except RuntimeError as error:
-            reason = re.sub(r"^.*\) \[.*?\] ", "", str(error)).strip()
+        except (RuntimeError, ValueError) as error:
+            reason = re.sub(r"^.*\) \[.*?\] ", "", str(error)).split(" Increase vocab_size")[0]
             raise UserError(
-                f"cannot train a sentencepiece model of {vocab_size} pieces on this text: {reason}"
-                " (set --data.sentencepiece-vocab-size)"
+                f"cannot train a sentencepiece model of {vocab_size} pieces on this text:"
+                f" {reason.strip() or 'there is no text'} (change sentencepiece_vocab_size)"
             ) from None
         return cls(model.getvalue())
 

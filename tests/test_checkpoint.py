@@ -103,9 +103,12 @@ def test_another_model_or_a_damaged_file_is_a_user_error(tmp_path, state):
     target = checkpoint.abstract(shapes, EVERYWHERE)
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="cannot be read"):
         checkpoints.restore(1, params=target)
-    (tmp_path / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{")
-    with pytest.raises(UserError), Checkpoints(tmp_path) as checkpoints:
-        checkpoints.facts(1)
+    for name in ("_CHECKPOINT_METADATA", "metrics/metrics"):
+        broken = tmp_path / "checkpoints" / "1" / name
+        broken.parent.mkdir(exist_ok=True)
+        broken.write_text("{")
+        with pytest.raises(UserError, match="damaged"), Checkpoints(tmp_path) as checkpoints:
+            checkpoints.facts(1)
 
 
 def test_a_failed_save_names_the_checkpoint_that_is_safe(tmp_path, state, monkeypatch):

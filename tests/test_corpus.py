@@ -67,6 +67,13 @@ def test_a_text_without_white_space_is_cut_all_the_same(tmp_path, monkeypatch):
     assert "".join(pieces) == "x" * 100 and max(map(len, pieces)) <= 40
 
 
+def test_a_long_blank_run_is_read_in_a_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "READ_BYTES", 1000)
+    path = tmp_path / "t.txt"
+    path.write_text("a" + " \n" * 200_000 + "b c")
+    assert texts(path) == [path.read_text()]
+
+
 def test_a_byte_order_mark_is_not_text_and_line_ends_stay(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes("\ufeffa\r\nb".encode())
@@ -90,6 +97,7 @@ def test_jsonl_gives_one_document_a_line(tmp_path):
         ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
         ("a.jsonl", b'\n{"body": "x", "id": 1}', "line 2 has no string field `text` (it has body"),
         ("a.jsonl", b'["text"]', "line 1 has no string field"),
+        ("a.jsonl", b'{"text": 3}', "line 1 has no string field `text` (it has text: 3)"),
         ("a.jsonl", b"\xff", "line 1 is not JSON in UTF-8"),
     ],
 )

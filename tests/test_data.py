@@ -244,6 +244,16 @@ def damage_meta(folder):
     (folder / "meta.json").write_text('{"dtype": "float64"}')
 
 
+def damage_counts(folder):
+    (folder / "meta.json").write_text('{"dtype": "uint16", "train_tokens": "x", "val_tokens": 3}')
+
+
+def damage_val(folder):
+    (folder / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(map(chr, range(99))))}))
+    os.truncate(folder / "val.bin", 2)
+
+
 def damage_ids(folder):
     tokens = np.fromfile(folder / "train.bin", "<u2")
     tokens[1000] = 60_000
@@ -257,6 +267,8 @@ def damage_ids(folder):
         (damage_length, "holds 50 tokens, but meta.json says"),
         (damage_odd, "101 bytes are not whole uint16 tokens"),
         (damage_meta, "expected an object with dtype uint16 or uint32"),
+        (damage_counts, "expected whole numbers train_tokens"),
+        (damage_val, "holds one token"),
         (damage_ids, "holds token id 60000, beyond the"),
     ],
 )

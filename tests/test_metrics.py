@@ -47,9 +47,10 @@ def test_a_line_cut_short_by_a_crash_is_left_out_but_damage_elsewhere_is_named(t
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(row(1)) + "\n" + '{"step": 2, "tr')
     assert [r["step"] for r in metrics.read(path)] == [1]
-    path.write_text('{"step"\n' + json.dumps(row(1)) + "\n")
-    with pytest.raises(UserError, match="line 1 is damaged"):
-        metrics.read(path)
+    for bad in ('{"step"', '{"step": "1"}', '{"step": true}', "[]", '{"step": 1, "seconds": "x"}'):
+        path.write_text(bad + "\n" + json.dumps(row(1)) + "\n")
+        with pytest.raises(UserError, match="line 1 is damaged"):
+            metrics.read(path)
 
 
 def test_a_log_that_cannot_be_written_is_one_clear_line(tmp_path):

@@ -24,3 +24,7 @@ def test_no_run_or_no_picture_format_is_one_clear_line(command, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "train_loss": 2.0}))
     result = command("-m", "gptjax.report", ".", "--out", "x.foo")
     assert_one_clear_line(result, "cannot draw x.foo")
+    result = command("-m", "gptjax.report", ".", "--out", "..")
+    assert_one_clear_line(result, "it is a folder")
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert_one_clear_line(command("-m", "gptjax.report", "."), "has no losses yet")
