@@ -223,7 +223,7 @@ class Run:
         config, tokens = self.config, self.dataset.val
         rows = config.batch_size // config.gradient_accumulation_steps
         starts = data.eval_starts(len(tokens), config.model.block_size, batches and batches * rows)
-        pending: list[tuple[jax.Array, jax.Array]] = []
+        loss = count = 0.0
         for first in range(0, len(starts), rows):
             windows, weights = data.windows_at(
                 tokens, starts[first : first + rows], config.model.block_size, rows
@@ -231,9 +231,11 @@ class Run:
             self._check_ids(windows)
             mine = parallel.host_rows(rows)
             share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (windows, weights))
-            pending.append(self.eval_step(self.state.params, *share))
-        sums = [parallel.fetch({"loss": loss, "count": count}) for loss, count in pending]
-        loss, count = (math.fsum(part[name] for part in sums) for name in ("loss", "count"))
+            sums = self.eval_step(self.state.params, *share)
+            # Wait for each: steps that do not depend on one another, in flight together, can
+            # starve XLA's CPU collectives of threads until they give up.
+            got = parallel.fetch({"loss": sums[0], "count": sums[1]})
+            loss, count = loss + got["loss"], count + got["count"]
         if not math.isfinite(loss):
             raise RunError(f"the validation loss became {loss}; {self._safe()}")
         return loss / count

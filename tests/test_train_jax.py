@@ -104,6 +104,13 @@ def test_the_exact_validation_loss_is_pytorchs_over_the_whole_split(uninterrupte
     assert logged(run_dir)[-1]["val_loss"] == pytest.approx(total / (len(val) - 1), rel=1e-6)
 
 
+def test_hundreds_of_evaluation_steps_on_two_devices_do_not_starve_each_other(command, text_file):
+    flags = "--data.val-fraction 0.95 --max-steps 1 --batch-size 2 --sample-tokens 0"
+    result = command(TRAIN, *TINY, "--run-dir", "run", *flags.split())
+    assert result.returncode == 0, result.stderr
+    assert "step 1: validation loss" in result.stdout
+
+
 def test_the_same_command_again_finds_the_run_complete(uninterrupted, cache_dir):
     run_dir, _ = uninterrupted
     before = logged(run_dir)
