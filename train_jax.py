@@ -55,18 +55,24 @@ def read_settings(argv: list[str]) -> TrainConfig:
 def saved_settings(run_dir: Path) -> TrainConfig | None:
     """Those of a run that exists, from config.json or else from its newest checkpoint; without
     the place of its data if they are no longer there: then they are made again."""
+    path = run_dir / "config.json"
     try:
-        text = (run_dir / "config.json").read_text(encoding="utf-8")
-        config = config_lib.from_json(text, str(run_dir / "config.json"))
-    except (OSError, UnicodeDecodeError, UserError) as error:
+        config = config_lib.from_json(path.read_text(encoding="utf-8"), str(path))
+    except (FileNotFoundError, NotADirectoryError):
         facts = checkpoint.newest_facts(run_dir)
-        if facts is None and isinstance(error, (FileNotFoundError, NotADirectoryError)):
-            return None
         if facts is None:
-            raise UserError(f"cannot read the settings of {run_dir}: {error}") from None
+            return None
         config = facts.config
-    if config.data.dir and not Path(config.data.dir).exists():
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None))
+    except (OSError, UnicodeDecodeError, UserError) as error:
+        raise UserError(
+            f"{error}; mend it, or delete {path} to go on with its newest checkpoint's settings"
+        ) from None
+    folder = config.data.dir
+    # A set that was made from the source can be made again.
+    if folder and not Path(folder).exists():
+        unnamed = dataclasses.replace(config.data, dir=None)
+        if Path(folder).name == data.default_dir(unnamed).name:
+            config = dataclasses.replace(config, data=unnamed)
     return config
 
 
@@ -177,9 +183,7 @@ class Run:
                 f"{self.run_dir} holds a run with other settings; " + "; ".join(conflicts)
                 + "; resume it without changes, or name another --run-dir"
             )  # fmt: skip
-        measures = [(c.eval_batches, c.eval_full_split) for c in (facts.config, self.config)]
-        if measures[0] == measures[1]:  # else the old best is of another measure
-            self.best_val_loss = facts.best_val_loss
+        self.best_val_loss = facts.best_val_loss
         shapes = jax.eval_shape(lambda: train.init_state(self.config))
         targets = checkpoint.abstract(shapes, parallel.one_per_host())
         loaded = self.checkpoints.restore(step, params=targets.params, opt_state=targets.opt_state)
@@ -366,7 +370,11 @@ class Run:
 
 def main(argv: list[str]) -> None:
     config = read_settings(argv)
-    # Everything that can be refused before a long text is tokenised.
+    # What can be refused before a long text is tokenised is refused here.
+    run_dir = Path(config.run_dir or "")
+    for folder in (run_dir, run_dir / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     rows = config.batch_size // config.gradient_accumulation_steps
     size = config.model.num_parameters(embeddings=False)
     parallel.start(config.device, config.num_devices, size, rows)
@@ -377,10 +385,6 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--model.attention cudnn does not fit here: {why}")
     config, dataset = open_data(config, Console())
 
-    run_dir = Path(config.run_dir or "")
-    for folder in (run_dir, run_dir / "checkpoints"):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     resume = f"python train_jax.py --run-dir {shlex.quote(str(run_dir))}"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -396,7 +400,7 @@ def main(argv: list[str]) -> None:
                 if not run.stopped_by:
                     finale(run, display)
     except OSError as error:
-        raise RunError(f"{run_dir}: {error.strerror or error}") from error
+        raise RunError(f"{error.filename or run_dir}: {error.strerror or error}") from error
     if run.stopped_by:
         print(f"stopped; saved step {checkpoints.latest_step}. Resume: {resume}")
         sys.exit(128 + run.stopped_by)

@@ -4,6 +4,7 @@ RUN_DIR/checkpoints/STEP is self-contained: parameters, optimizer state, and in 
 config, the tokenizer, the fingerprint of the data and the best validation loss.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -67,16 +68,19 @@ class Checkpoints:
         except ValueError as error:  # bad JSON or UTF-8 in a checkpoint's metrics
             raise UserError(
                 f"a checkpoint in {self.directory} is damaged: {_first_line(error)};"
-                " delete the one that has a broken metrics/metrics file"
+                " move away the one that has a broken metrics/metrics file"
             ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None:
-            self.wait()
-        self._orbax.close()
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # told by `wait`, or by what came before
+                self._orbax.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -160,12 +164,13 @@ class Checkpoints:
         try:
             return self._orbax.load_checkpointables(step, targets)
         except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise
             reason = _first_line(error)
             if "incompatible handler" in reason:
-                reason = "it is damaged"
+                reason = "it is damaged; move it away to go on from the one before"
             raise UserError(
-                f"the checkpoint {self.directory}/{step} cannot be read: {reason};"
-                " delete it to go on from the one before"
+                f"the checkpoint {self.directory}/{step} cannot be read: {reason}"
             ) from error
 
 
@@ -190,10 +195,12 @@ def _read_facts(checkpoint: Path) -> Facts:
             metadata["data_fingerprint"],
             metadata["best_val_loss"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {checkpoint}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"the checkpoint {checkpoint} is damaged ({type(error).__name__} in its metadata);"
-            " delete it to go on from the one before"
+            " move it away to go on from the one before"
         ) from error
 
 

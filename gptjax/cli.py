@@ -124,6 +124,9 @@ def _without(arguments: list[str], flags: list[str]) -> list[str]:
 
 def run(main: Callable[[list[str]], None]) -> int:
     """Call `main` with the command line; the process's exit code."""
+    # Closed by the caller (>&-): nobody listens.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     # As Ctrl-C does, SIGTERM unwinds: what is half done gets cleaned up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for stream in (sys.stdout, sys.stderr):
@@ -142,7 +145,10 @@ def run(main: Callable[[list[str]], None]) -> int:
     except MemoryError:
         return _failed(OUT_OF_MEMORY, 1)
     except OSError as error:
-        return _failed(f"{error.filename or 'output'}: {error.strerror}", 1)
+        if error.strerror is None:  # not the system's: a bug, or a library's
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror}", 1)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

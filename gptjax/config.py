@@ -106,7 +106,7 @@ class ModelConfig:
         out += _outside(self, 1, "n_head", "n_embd", "block_size", "attention_window")
         out += _outside(self, 1, "vocab_size", "vocab_multiple")
         if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
-            near = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            near = [h for h in range(1, min(self.n_embd, 4096) + 1) if self.n_embd % h == 0]
             close = sorted(sorted(near, key=lambda h: abs(h - self.n_head))[:3])
             out.append(
                 f"model.n_embd {self.n_embd} is not divisible by model.n_head {self.n_head};"
@@ -203,7 +203,8 @@ class TrainConfig:
     device: DeviceKind = "auto"
     """Kind of device to train on. auto: the fastest kind that is there."""
     num_devices: int | None = None
-    """CPU devices to split this machine's cores into. None: chosen by the model's size."""
+    """CPU devices to split this machine's cores into. None: for a small model one per core, as
+    many as divide its batch; else one."""
 
     @property
     def decay_steps(self) -> int:
@@ -230,11 +231,6 @@ class TrainConfig:
         if self.min_lr > self.learning_rate:
             out.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
         return out
-
-    def validate(self) -> None:
-        """Raise one UserError that lists every problem."""
-        if problems := self.problems():
-            raise UserError("; ".join(problems))
 
     def divide_batch(self, num_devices: int) -> int:
         """Sequences of one device's micro-batch.

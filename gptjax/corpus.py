@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sysconfig
 import tempfile
 import urllib.request
@@ -20,6 +21,8 @@ SHAKESPEARE_URL = (
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 READ_BYTES = 1 << 20
+# Where a piece ends is looked for in so many of its last characters.
+CUT_WITHIN = 1 << 16
 # A text without white space is cut here all the same, so that memory stays bounded.
 LONGEST_PIECE = 16 << 20
 
@@ -187,10 +190,7 @@ def _cut(texts: Iterator[str]) -> Iterator[str]:
 
 
 def _last_word_end(text: str) -> int:
-    """The last place where a word is followed by a space or line end; 0 if there is none."""
-    end = len(text)
-    while (cut := max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))) > 0:
-        end = len(text[:cut].rstrip())  # skips a whole run of white space at once
-        if end and text[end] in " \n":
-            return end
-    return 0
+    """The last place near the end where a word is followed by a space or line end; else 0."""
+    near = max(0, len(text) - CUT_WITHIN)
+    places = [match.start() for match in re.finditer(r"(?<=\S)[ \n]", text[near:])]
+    return near + places[-1] if places else 0

@@ -141,8 +141,9 @@ def _survey(
 ) -> tuple[int, Tokenizer]:
     """Read everything once: (characters, the tokenizer this text needs)."""
     count, alphabet, sample = 0, set[str](), list[str]()
-    # Of each piece its beginning, so that every part of the text is heard.
-    share = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size))
+    # Of each piece its share from its beginning, so that every part of the text is heard; short
+    # pieces whole, every so often.
+    share, owed = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size)), 0.0
     for piece in _pieces(files, joint):
         if piece is None:
             continue
@@ -151,7 +152,10 @@ def _survey(
         if config.tokenizer == "char":
             alphabet.update(piece)
         elif config.tokenizer == "sentencepiece":
-            sample.append(piece[: math.ceil(len(piece) * share)])
+            owed += len(piece) * share
+            if owed >= min(len(piece), 1000):
+                sample.append(piece[: math.ceil(owed)])
+                owed -= len(sample[-1])
     if config.tokenizer == "char":
         return count, CharTokenizer("".join(sorted(alphabet)))
     if config.tokenizer == "gpt2":
@@ -387,6 +391,8 @@ def main(argv: list[str]) -> None:
     if source is None:
         raise UserError("which text? python -m gptjax.data SOURCE (builtin, shakespeare, a path)")
     config = flags.config(source)
+    if problems := config.problems():
+        raise UserError("; ".join(problems))
     out = Path(flags.out) if flags.out else default_dir(config)
     prepare(config, out, Console())
     print(f"train on it: python train_jax.py --data.dir {shlex.quote(str(out))}")

@@ -33,7 +33,8 @@ def start(kind: DeviceKind, cpu_devices: int | None, parameters: int, rows: int)
     Raises:
         UserError: the kind of device that was asked for is not there.
     """
-    devices = cpu_devices or _cpu_devices(parameters, rows)
+    hosts = int(os.environ.get("JAX_NUM_PROCESSES", "1"))
+    devices = cpu_devices or _cpu_devices(parameters, rows // hosts)
     if devices > 1:
         jax.config.update("jax_num_cpu_devices", devices)
         # One thread per device: else every device's matmuls compete for every core.
@@ -47,6 +48,8 @@ def _join_hosts() -> None:
     coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
     workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     if coordinator or len(workers) > 1:
+        # JAX's own watch for preemption would take SIGTERM away from us.
+        jax.config.update("jax_enable_preemption_service", False)
         count, number = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
         jax.distributed.initialize(
             coordinator,

@@ -30,14 +30,13 @@ def test_all_bad_settings_are_reported_at_once():
         learning_rate=float("nan"),
         beta2=1.0,
     )
-    with pytest.raises(UserError) as caught:
-        config.validate()
+    problems = "; ".join(config.problems())
     for words in (
         "n_embd 130 is not divisible by model.n_head 4", "n_head may be 1 or 2 or 5",
         "model.dropout 1.0", "val_fraction 2.0", "batch_size 0 must be at least 1",
         "learning_rate nan", "beta2 1.0",
     ):  # fmt: skip
-        assert words in str(caught.value)
+        assert words in problems
 
 
 def test_unknown_and_ill_typed_json_settings_name_themselves_and_the_near_miss():

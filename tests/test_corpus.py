@@ -68,10 +68,11 @@ def test_a_text_without_white_space_is_cut_all_the_same(tmp_path, monkeypatch):
 
 
 def test_a_long_blank_run_is_read_in_a_moment(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "READ_BYTES", 1000)
+    monkeypatch.setattr(corpus, "READ_BYTES", 10_000)
     path = tmp_path / "t.txt"
-    path.write_text("a" + " \n" * 200_000 + "b c")
-    assert texts(path) == [path.read_text()]
+    for text in ("a" + " \n" * 200_000 + "b c", "1.234,56\r\n" * 200_000, "w\t " * 200_000):
+        path.write_bytes(text.encode())
+        assert texts(path) == [text]
 
 
 def test_a_byte_order_mark_is_not_text_and_line_ends_stay(tmp_path):

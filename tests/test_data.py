@@ -128,6 +128,24 @@ def test_preparing_killed_midway_leaves_nothing_that_looks_whole(tmp_path, cache
     assert len(data.load(tmp_path / "set").train) == int(1500 * len(TEXT) * 0.9)
 
 
+def test_sentencepiece_hears_short_documents_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SENTENCEPIECE_SAMPLE", 2000)
+    heard = []
+
+    def train(sample, vocab_size):
+        heard.extend(sample)
+        return CharTokenizer("".join(sorted(set(TEXT))))
+
+    monkeypatch.setattr(data.SentencePieceTokenizer, "train", train)
+    lines = [json.dumps({"text": f"document number {n} of many, all short"}) for n in range(1000)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    config = DataConfig(str(tmp_path / "t.jsonl"), tokenizer="sentencepiece")
+    data._survey(config, [tmp_path / "t.jsonl"], 40_000, lambda n: None, None)
+    assert 1500 < sum(map(len, heard)) < 2500
+    assert all(text.endswith("all short") for text in heard)
+    assert max(map(int, (text.split()[2] for text in heard))) > 900  # from all over the file
+
+
 def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "text.txt").write_text(TEXT)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,6 +85,18 @@ def test_a_run_prepares_trains_evaluates_saves_and_prints_a_sample(uninterrupted
     assert 3.5 < rows[0]["val_loss"] < 4.2  # ln of the vocabulary of about 45
     assert all(np.isfinite(row["grad_norm"]) for row in rows[1:])
     assert "batch      8 x 16 = 128 tokens per step" in out
+
+
+def test_a_run_without_its_settings_file_goes_on_and_a_damaged_one_is_named(
+    uninterrupted, tmp_path, command
+):
+    shutil.copytree(uninterrupted[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text('{"max_steps": 6,}')
+    result = command(TRAIN, "--run-dir", "run")
+    assert_one_clear_line(result, "run/config.json is not valid JSON", "or delete run/config.json")
+    (tmp_path / "run" / "config.json").unlink()
+    result = command(TRAIN, "--run-dir", "run")
+    assert result.returncode == 0 and "complete at step 40" in result.stdout
 
 
 def test_the_exact_validation_loss_is_pytorchs_over_the_whole_split(uninterrupted):
@@ -195,8 +208,6 @@ def test_a_resume_with_other_settings_is_refused_with_both_values(uninterrupted,
 
 def test_another_text_is_noticed_by_its_fingerprint(uninterrupted, tmp_path, cache_dir, command):
     run_dir, _ = uninterrupted
-    import shutil
-
     shutil.copytree(run_dir, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     shutil.copytree(config["data"]["dir"], tmp_path / "set")
@@ -342,7 +353,7 @@ def test_config_files_that_are_wrong_say_how(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
 def test_every_config_file_is_valid(path):
-    train_jax.load_config(path).validate()
+    assert not train_jax.load_config(path).problems()
 
 
 def test_nanogpts_settings_are_what_the_config_files_say():
