@@ -88,19 +88,20 @@ def load_config(path: Path) -> TrainConfig:
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:  # the file is the user's code: it may raise anything
-        raise UserError(f"{path}: {type(error).__name__}: {error}{_near_miss(error)}") from None
+        raise UserError(f"{path}: {type(error).__name__}: {_with_near_miss(error)}") from None
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path} must set `config = TrainConfig(...)` (from gptjax.config)")
     # Python checks no types of fields; our reader of JSON does.
     return config_lib.from_json(config_lib.to_json(config), str(path))
 
 
-def _near_miss(error: Exception) -> str:
-    """The setting that an unknown keyword argument may have meant."""
-    unknown = re.search(r"unexpected keyword argument '(\w+)'$", str(error))
+def _with_near_miss(error: Exception) -> str:
+    """The message, and the setting that an unknown keyword argument may have meant."""
+    text = str(error).split(". Did you mean")[0]  # Python's own guess, from 3.13 on
+    unknown = re.search(r"unexpected keyword argument '(\w+)'$", text)
     names = [name.split(".")[-1] for name in config_lib.flatten(TrainConfig())]
     near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"{text}; did you mean {near[0]}?" if near else text
 
 
 def write_settings(path: Path, config: TrainConfig) -> None:
