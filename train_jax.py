@@ -226,7 +226,7 @@ class Run:
             RunError: it is not finite.
         """
         config, tokens = self.config, self.dataset.val
-        rows = config.batch_size // config.gradient_accumulation_steps
+        rows = config.micro_batch_size
         starts = data.eval_starts(len(tokens), config.model.block_size, batches and batches * rows)
         loss = count = 0.0
         for first in range(0, len(starts), rows):
@@ -376,9 +376,8 @@ def main(argv: list[str]) -> None:
     for folder in (run_dir, run_dir / "checkpoints"):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
-    rows = config.batch_size // config.gradient_accumulation_steps
     size = config.model.num_parameters(embeddings=False)
-    parallel.start(config.device, config.num_devices, size, rows)
+    parallel.start(config.device, config.num_devices, size, config.micro_batch_size)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
     config.divide_batch(parallel.device_count())
     kernel, why = attention_kernel(config.model, train=True)

@@ -139,7 +139,7 @@ class Checkpoints:
         """
         try:
             self._orbax.wait()
-        except Exception as error:
+        except Exception as error:  # as in `save`: what failed in the background comes here
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> RunError:

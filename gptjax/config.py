@@ -210,6 +210,11 @@ class TrainConfig:
     def decay_steps(self) -> int:
         return self.max_steps if self.lr_decay_steps is None else self.lr_decay_steps
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one micro-batch, over all devices."""
+        return self.batch_size // self.gradient_accumulation_steps
+
     def problems(self) -> list[str]:
         """Each setting that is out of range, in words."""
         out = self.model.problems() + self.data.problems()
