@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
 
 from gptjax import checkpoint, cli, corpus, generate, parallel, tokenizers
-from gptjax.checkpoint import Checkpoints, Facts
 from gptjax.config import LARGEST, DeviceKind
 from gptjax.errors import UserError
-from gptjax.model import Params, init_params
 from gptjax.tokenizers import Tokenizer
 
 
@@ -70,17 +67,6 @@ class GenerateFlags:
         if "" in self.stop:
             out.append("--stop must not be empty")
         return out
-
-
-def load_run(flags: GenerateFlags) -> tuple[int, Facts, Params]:
-    """(step, facts, parameters on one device) of the checkpoint that the flags name."""
-    with Checkpoints(Path(flags.run_dir)) as checkpoints:
-        step = checkpoints.resolve(flags.checkpoint)
-        facts = checkpoints.facts(step)
-        shapes = jax.eval_shape(lambda: init_params(facts.config.model, 0))
-        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = checkpoint.abstract(shapes, one_device)
-        return step, facts, checkpoints.restore(step, params=target)["params"]
 
 
 def read_prompt(flags: GenerateFlags) -> str:
@@ -142,7 +128,7 @@ def main(argv: list[str]) -> None:
     parallel.use_platform(flags.device)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
 
-    step, facts, params = load_run(flags)
+    step, facts, params = checkpoint.load(Path(flags.run_dir), flags.checkpoint)
     tokenizer = tokenizers.from_json(facts.tokenizer, flags.run_dir)
     prompt = tokenizer.encode(prompt_text, skip_unknown=flags.unknown == "skip")
     if not len(prompt):

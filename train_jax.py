@@ -23,13 +23,25 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from gptjax import checkpoint, cli, corpus, data, generate, metrics, parallel, tokenizers, train
+from gptjax import (
+    checkpoint,
+    cli,
+    corpus,
+    data,
+    generate,
+    metrics,
+    optim,
+    parallel,
+    tokenizers,
+    train,
+)
 from gptjax import config as config_lib
 from gptjax.checkpoint import Checkpoints, Facts
 from gptjax.config import TrainConfig
 from gptjax.data import Dataset
 from gptjax.errors import RunError, UserError
-from gptjax.model import attention_kernel, compute_dtype
+from gptjax.model import Params, attention_kernel, compute_dtype
+from gptjax.tokenizers import Tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -38,17 +50,24 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def read_settings(argv: list[str]) -> TrainConfig:
-    """The config file, or the existing run's settings, or the quickstart; then the flags."""
-    asked = re.findall(r"(?:^|\0)--run[-_]dir[=\0]([^\0]+)", "\0".join(argv))
-    run_dir = Path(asked[-1]) if asked else None  # the last of a flag counts, as everywhere
+    """The config file, or the existing run's settings, or those for fine-tuning (--init-from), or
+    the quickstart; then the flags."""
+
+    def asked(flag: str) -> str | None:
+        found = re.findall(rf"(?:^|\0)--{flag}[=\0]([^\0]+)", "\0".join(argv))
+        return found[-1] if found else None  # the last of a flag counts, as everywhere
+
+    run_dir = Path(asked("run[-_]dir") or "")
     has_file = bool(argv) and not argv[0].startswith("-")
     if has_file:
         name, default = Path(argv[0]).stem, load_config(Path(argv[0]))
-    elif run_dir and (saved := saved_settings(run_dir)):
+    elif asked("run[-_]dir") and (saved := saved_settings(run_dir)):
         name, default = run_dir.name, saved
+    elif asked("init[-_]from"):
+        name, default = "finetuned", config_lib.FINETUNE
     else:
         name, default = "quickstart", load_config(CONFIGS / "quickstart.py")
-    _, config = cli.parse(default, argv, "python train_jax.py", "CONFIG.py")
+    _, config = cli.parse(default, argv, "python train_jax.py", "[CONFIG.py]")
     return dataclasses.replace(config, run_dir=config.run_dir or f"runs/{name}")
 
 
@@ -70,10 +89,36 @@ def saved_settings(run_dir: Path) -> TrainConfig | None:
     folder = config.data.dir
     # A set that was made from the source can be made again.
     if folder and not Path(folder).exists():
-        unnamed = dataclasses.replace(config.data, dir=None)
-        if Path(folder).name == data.default_dir(unnamed).name:
-            config = dataclasses.replace(config, data=unnamed)
+        made, _, _ = Path(folder).name.rpartition("-")
+        if made == data.default_name(config.data):
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None))
     return config
+
+
+def adopt_origin(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]:
+    """The config with the architecture of the weights that the run starts from, and their
+    tokenizer; None for a run that starts from nothing.
+
+    Raises:
+        UserError: `init_from` is no run, or is another model.
+    """
+    facts = checkpoint.newest_facts(Path(config.run_dir or ""))
+    if config.init_from and not facts:
+        if not checkpoint.newest_facts(Path(config.init_from)):
+            raise UserError(
+                f"no run in {config.init_from} (--init-from); to make one from GPT-2's weights:"
+                f" python -m gptjax.convert import gpt2 {shlex.quote(config.init_from)}"
+            )
+        with Checkpoints(Path(config.init_from)) as origin:
+            facts = origin.facts(origin.resolve("best"))
+    if not facts:
+        return config, None
+    tokenizer = tokenizers.from_json(facts.tokenizer, str(config.init_from or config.run_dir))
+    if config.init_from:
+        kind = dataclasses.replace(config.data, tokenizer=tokenizer.kind)
+        model = config_lib.adopt(config.model, facts.config.model)
+        config = dataclasses.replace(config, model=model, data=kind)
+    return config, tokenizer
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -111,15 +156,23 @@ def write_settings(path: Path, config: TrainConfig) -> None:
     os.replace(scratch, path)
 
 
-def open_data(config: TrainConfig, console: Console) -> tuple[TrainConfig, Dataset]:
+def open_data(
+    config: TrainConfig, tokenizer: Tokenizer | None, console: Console
+) -> tuple[TrainConfig, Dataset]:
     """The prepared set, made first if it is missing; and the config with `data.dir` and the
-    model's vocabulary filled in."""
-    folder = Path(config.data.dir) if config.data.dir else data.default_dir(config.data)
+    model's vocabulary filled in. `tokenizer`: that of the weights that the run starts from."""
+    folder = Path(config.data.dir or data.default_dir(config.data, tokenizer))
     if not folder.exists():
         if config.data.dir:
             raise UserError(f"no folder {folder} (--data.dir); python -m gptjax.data makes one")
-        data.prepare(config.data, folder, console)
+        data.prepare(config.data, folder, console, tokenizer)
     dataset = data.load(folder)
+    if tokenizer and tokenizer.state() != dataset.tokenizer.state():
+        raise UserError(
+            f"{folder} was made with another {dataset.tokenizer.kind} tokenizer than the"
+            f" {tokenizer.kind} one of the weights; leave out --data.dir and name the text"
+            " with --data.source"
+        )
     ids = dataset.tokenizer.n_vocab
     if config.model.vocab_size not in (None, ids):
         raise UserError(
@@ -170,13 +223,16 @@ class Run:
 
     def _initial_or_resumed(self) -> train.TrainState:
         step = self.checkpoints.latest_step
+        if step is None and self.config.init_from:
+            return parallel.replicate(self._from_weights(Path(self.config.init_from)))
         if step is None:
             return parallel.replicate(jax.jit(lambda: train.init_state(self.config))())
         facts = self.checkpoints.facts(step)
-        conflicts = config_lib.resume_conflicts(facts.config, self.config)
-        if facts.data_fingerprint != self.dataset.fingerprint:
+        trained_on = facts.data_fingerprint
+        conflicts = config_lib.resume_conflicts(facts.config, self.config, imported=not trained_on)
+        if trained_on and trained_on != self.dataset.fingerprint:
             conflicts.append(
-                f"the tokens: fingerprint {facts.data_fingerprint[:12]} in the run,"
+                f"the tokens: fingerprint {trained_on[:12]} in the run,"
                 f" {self.dataset.fingerprint[:12]} in {self.config.data.dir} now"
             )
         if conflicts:
@@ -187,9 +243,23 @@ class Run:
         self.best_val_loss = facts.best_val_loss
         shapes = jax.eval_shape(lambda: train.init_state(self.config))
         targets = checkpoint.abstract(shapes, parallel.one_per_host())
-        loaded = self.checkpoints.restore(step, params=targets.params, opt_state=targets.opt_state)
-        state = train.TrainState(jnp.int32(step), loaded["params"], loaded["opt_state"])
-        return parallel.replicate(state)
+        wanted: dict[str, Any] = {"params": targets.params}
+        if self.checkpoints.has_optimizer(step):
+            wanted["opt_state"] = targets.opt_state
+        loaded = self.checkpoints.restore(step, **wanted)
+        opt_state = loaded.get("opt_state") or self._fresh_optimizer(loaded["params"])
+        return parallel.replicate(train.TrainState(jnp.int32(step), loaded["params"], opt_state))
+
+    def _fresh_optimizer(self, params: Params) -> Any:
+        return jax.jit(optim.optimizer(self.config).init)(params)
+
+    def _from_weights(self, run_dir: Path) -> train.TrainState:
+        """Step 0 with the best weights of another run, their position table cropped."""
+        params = checkpoint.load(run_dir, "best", parallel.one_per_host()).params
+        if "wpe" in params:
+            crop = jax.jit(lambda table: table[: self.config.model.block_size])
+            params = params | {"wpe": crop(params["wpe"])}
+        return train.TrainState(jnp.int32(0), params, self._fresh_optimizer(params))
 
     def batch(self, step: int) -> np.ndarray:
         """This host's share of the batch of one step, laid out for its devices."""
@@ -370,7 +440,7 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    config = read_settings(argv)
+    config, tokenizer = adopt_origin(read_settings(argv))
     # What can be refused before a long text is tokenised is refused here.
     run_dir = Path(config.run_dir or "")
     for folder in (run_dir, run_dir / "checkpoints"):
@@ -383,7 +453,7 @@ def main(argv: list[str]) -> None:
     kernel, why = attention_kernel(config.model, train=True)
     if config.model.attention == "cudnn" != kernel:
         raise UserError(f"--model.attention cudnn does not fit here: {why}")
-    config, dataset = open_data(config, Console())
+    config, dataset = open_data(config, tokenizer, Console())
 
     resume = f"python train_jax.py --run-dir {shlex.quote(str(run_dir))}"
     try:
@@ -415,7 +485,8 @@ def describe(run: Run, display: metrics.Display) -> None:
     attention = "{} ({})".format(*kernels[0])
     if kernels[0][0] != kernels[1][0]:
         attention += "; in evaluation {} ({})".format(*kernels[1])
-    state = f"resumed at step {run.first_step}" if run.first_step else "new"
+    state = f"from {config.init_from}" if config.init_from else "new"
+    state = f"resumed at step {run.first_step}" if run.first_step else state
     display.say(
         f"run        {run.run_dir} ({state})\n"
         f"data       {os.path.relpath(config.data.dir or '')}:"

@@ -32,9 +32,12 @@ Flags = TypeVar("Flags", bound=Checked)
 
 
 def parse(
-    default: Flags, argv: Sequence[str], prog: str, positional: str | None = None
-) -> tuple[str | None, Flags]:
-    """(the leading argument that is no flag, `default` overridden by --flags).
+    default: Flags, argv: Sequence[str], prog: str, positional: str = ""
+) -> tuple[list[str], Flags]:
+    """(the leading arguments that are no flags, `default` overridden by --flags).
+
+    `positional` names the leading arguments that there may be ("SOURCE DIR"; "RUN ..." is any
+    number).
 
     Underscores and hyphens are the same; a boolean flag stands alone, or before True or False.
     `--help` prints and exits.
@@ -44,7 +47,10 @@ def parse(
             settings' own `problems` name.
     """
     arguments = _spell_out(argv, default)
-    first = arguments.pop(0) if positional and arguments and arguments[0][0:1] != "-" else None
+    leading: list[str] = []
+    most = len(arguments) if positional.endswith("...") else len(positional.split())
+    while arguments and len(leading) < most and arguments[0][:1] != "-":
+        leading.append(arguments.pop(0))
     problems: list[str] = []
     while True:
         errors = io.StringIO()
@@ -54,7 +60,7 @@ def parse(
                     type(default),
                     default=default,
                     args=arguments,
-                    prog=f"{prog} [{positional}]" if positional else prog,
+                    prog=f"{prog} {positional}".rstrip(),
                     config=(tyro.conf.FlagConversionOff,),
                 )
         except SystemExit as stop:
@@ -74,7 +80,7 @@ def parse(
             break
     if problems:
         raise UserError(f"{'; '.join(problems)} (all flags: {prog} --help)")
-    return first, flags
+    return leading, flags
 
 
 def _spell_out(argv: Sequence[str], default: object) -> list[str]:
@@ -120,6 +126,12 @@ def _without(arguments: list[str], flags: list[str]) -> list[str]:
         if not dropping:
             out.append(argument)
     return out
+
+
+def status(text: str) -> None:
+    """What is being done, on a terminal's last line, which "" clears; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[list[str]], None]) -> int:

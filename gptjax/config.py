@@ -158,6 +158,9 @@ class TrainConfig:
     run_dir: str | None = None
     """Where checkpoints and metrics go; a run that exists there is resumed. None: runs/ and the
     config's name."""
+    init_from: str | None = None
+    """Start from the best weights of this run (an imported one, say) and its architecture, with a
+    fresh optimizer. A smaller model.block_size crops its position table. None: random weights."""
     seed: int = 1337
     """Seeds the initial weights, the data order and dropout."""
 
@@ -221,8 +224,9 @@ class TrainConfig:
         out += _outside(self, 0, "seed", "warmup_steps", "sample_tokens")
         if self.num_devices and self.num_devices > 1024:
             out.append(f"num_devices {self.num_devices} must be at most 1024")
-        if self.run_dir == "":
-            out.append("run_dir is empty; name a folder")
+        for name in ("run_dir", "init_from"):
+            if getattr(self, name) == "":
+                out.append(f"{name} is empty; name a folder")
         out += _outside(self, 1, "batch_size", "gradient_accumulation_steps", "max_steps")
         out += _outside(self, 1, "log_interval", "eval_interval", "eval_batches", "save_interval")
         out += _outside(self, 1, "keep_checkpoints", "num_devices", "lr_decay_steps")
@@ -255,20 +259,64 @@ class TrainConfig:
         return self.batch_size // unit
 
 
+FINETUNE = TrainConfig(
+    data=DataConfig(source="unknown"), learning_rate=3e-5, min_lr=3e-6, beta2=0.95
+)
+"""To go on from pretrained weights, on a text that has to be named: nanoGPT's learning rate for
+that."""
+
 # What may change when a run is resumed: it alters reports, places and speed, but no number of the
 # training beyond rounding (and, on other devices, which dropout masks are drawn). A data set may
 # move: the fingerprint of its tokens is compared.
 RESUME_MAY_CHANGE = {
-    *("run_dir", "max_steps", "device", "num_devices"),
+    *("run_dir", "init_from", "max_steps", "device", "num_devices"),
     *("log_interval", "eval_interval", "eval_batches", "eval_full_split"),
     *("save_interval", "keep_checkpoints", "sample_tokens"),
     *("data.dir", "model.attention", "model.scan_unroll", "model.remat"),
 }
 
 
-def resume_conflicts(saved: TrainConfig, wanted: TrainConfig) -> list[str]:
-    """What differs and would make the resumed run another run, a line a setting."""
+# What is not fixed by weights: how long a context they are used with, and how they are computed.
+NOT_IN_WEIGHTS = {"block_size", "dropout", "attention", "dtype", "remat", "scan_unroll"}
+
+
+def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
+    """`wanted` with the architecture of `weights`.
+
+    Raises:
+        UserError: a setting is neither theirs nor left at its default, or they know fewer
+            positions than block_size.
+    """
+    default, found, problems = ModelConfig(), dataclasses.asdict(wanted), []
+    for name, theirs in dataclasses.asdict(weights).items():
+        value, unset = found[name], getattr(default, name)
+        if name not in NOT_IN_WEIGHTS:
+            if value not in (theirs, unset):
+                problems.append(f"model.{name} {value} is not the weights' {theirs}; leave it out")
+            found[name] = theirs
+        elif name == "block_size" and value > theirs:
+            if value != unset:
+                problems.append(f"model.block_size {value} exceeds the weights' {theirs}")
+            found[name] = theirs
+    if problems:
+        raise UserError("; ".join(problems))
+    return ModelConfig(**found)
+
+
+def resume_conflicts(
+    saved: TrainConfig, wanted: TrainConfig, *, imported: bool = False
+) -> list[str]:
+    """What differs and would make the resumed run another run, a line a setting. Of an `imported`
+    run only the weights are fixed."""
     old, new = flatten(saved), flatten(wanted)
+    if imported:
+        free = {f"model.{name}" for name in NOT_IN_WEIGHTS - {"block_size"}}
+        old = {n: v for n, v in old.items() if n.startswith("model.") and n not in free}
+        return [
+            f"{name}: {value!r} in the run, {new[name]!r} now"
+            for name, value in old.items()
+            if new[name] != value
+        ]
     old["lr_decay_steps"], new["lr_decay_steps"] = saved.decay_steps, wanted.decay_steps
     advice = {"lr_decay_steps": f" (to train longer, add --lr-decay-steps {saved.decay_steps})"}
     return [
@@ -302,7 +350,7 @@ def from_json(text: str, where: str) -> TrainConfig:
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     problems: list[str] = []
     config = _build(TrainConfig, data, "", problems)

@@ -42,6 +42,11 @@ def find_files(source: str) -> list[Path]:
         return _standard_library()
     if source == "shakespeare":
         return [_shakespeare()]
+    if source == "unknown":
+        raise UserError(
+            "the text that these weights were trained on is not known; name one to go on with:"
+            " --data.source FILE, or --data.dir FOLDER"
+        )
     path = Path(source).expanduser()
     if path.is_file():
         return [path]

@@ -44,8 +44,11 @@ FINGERPRINT_BLOCK = 1 << 20
 # ------------------------------------------------------------------------------- prepare
 
 
-def prepare(config: DataConfig, out: Path, console: Console) -> None:
-    """Tokenise `config.source` into the new folder `out`, which appears only when it is whole.
+def prepare(
+    config: DataConfig, out: Path, console: Console, tokenizer: Tokenizer | None = None
+) -> None:
+    """Tokenise `config.source` into the new folder `out`, which appears only when it is whole;
+    with `tokenizer`, or else with a new one of the kind that `config` names.
 
     Streams: memory stays within a few hundred megabytes whatever the size of the text.
 
@@ -59,7 +62,7 @@ def prepare(config: DataConfig, out: Path, console: Console) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        _prepare_into(unfinished, config, files, console)
+        _prepare_into(unfinished, config, files, console, tokenizer)
         unfinished.chmod(0o755)
         os.rename(unfinished, out)
     except OSError as error:
@@ -71,7 +74,13 @@ def prepare(config: DataConfig, out: Path, console: Console) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _prepare_into(folder: Path, config: DataConfig, files: list[Path], console: Console) -> None:
+def _prepare_into(
+    folder: Path,
+    config: DataConfig,
+    files: list[Path],
+    console: Console,
+    given: Tokenizer | None,
+) -> None:
     size = sum(path.stat().st_size for path in files)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
                TimeRemainingColumn())  # fmt: skip
@@ -79,7 +88,7 @@ def _prepare_into(folder: Path, config: DataConfig, files: list[Path], console: 
         reading = progress.add_task("reading the text", total=size)
         joint = "\n" if config.tokenizer == "char" else None
         count, tokenizer = _survey(
-            config, files, size, lambda n: progress.advance(reading, n), joint
+            config, files, size, lambda n: progress.advance(reading, n), joint, given
         )
         progress.update(reading, completed=size)
         n_train = int(count * (1 - config.val_fraction))
@@ -138,8 +147,9 @@ def _survey(
     size: int,
     advance: Callable[[int], None],
     joint: str | None,
+    given: Tokenizer | None = None,
 ) -> tuple[int, Tokenizer]:
-    """Read everything once: (characters, the tokenizer this text needs)."""
+    """Read everything once: (characters, the given tokenizer or the one this text needs)."""
     count, alphabet, sample = 0, set[str](), list[str]()
     # Of each piece its share from its beginning, so that every part of the text is heard; short
     # pieces whole, every so often.
@@ -149,6 +159,8 @@ def _survey(
             continue
         count += len(piece)
         advance(len(piece))
+        if given:
+            continue
         if config.tokenizer == "char":
             alphabet.update(piece)
         elif config.tokenizer == "sentencepiece":
@@ -156,6 +168,8 @@ def _survey(
             if owed >= min(len(piece), 1000):
                 sample.append(piece[: math.ceil(owed)])
                 owed -= len(sample[-1])
+    if given:
+        return count, given
     if config.tokenizer == "char":
         return count, CharTokenizer("".join(sorted(alphabet)))
     if config.tokenizer == "gpt2":
@@ -195,18 +209,26 @@ def _encode_in_order(
             yield waiting.popleft().result()
 
 
-def default_dir(config: DataConfig) -> Path:
-    """data/NAME-TOKENIZER-DIGEST: a changed text or setting gets a folder of its own."""
+def default_name(config: DataConfig) -> str:
+    """NAME-TOKENIZER, the readable part of `default_dir`."""
+    name = f"{Path(config.source).stem or 'text'}-{config.tokenizer}"
+    if config.tokenizer == "sentencepiece":
+        name += str(config.sentencepiece_vocab_size)
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+
+
+def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
+    """data/NAME-TOKENIZER-DIGEST: a changed text, setting or given tokenizer gets a folder of its
+    own."""
     files = find_files(config.source)
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     asked: list[Any] = [config.tokenizer, config.val_fraction, stats]
-    name = f"{Path(config.source).stem or 'text'}-{config.tokenizer}"
-    if config.tokenizer == "sentencepiece":
+    if tokenizer:
+        asked.append(tokenizer.state())
+    elif config.tokenizer == "sentencepiece":
         asked.append(config.sentencepiece_vocab_size)
-        name += str(config.sentencepiece_vocab_size)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    return Path("data") / f"{safe}-{digest}"
+    return Path("data") / f"{default_name(config)}-{digest}"
 
 
 # ---------------------------------------------------------------------------------- load
@@ -235,9 +257,9 @@ def load(folder: Path) -> Dataset:
         )
     meta: dict[str, Any] = {}
     if (folder / "meta.json").is_file():
-        meta, tokenizer = _read_meta(folder)
-    else:
-        tokenizer = _nanogpt_tokenizer(folder)
+        meta = _read_meta(folder)
+    # nanoGPT's sets without a meta.pkl hold GPT-2's tokens.
+    tokenizer = read_tokenizer(folder) or Gpt2Tokenizer()
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -265,18 +287,19 @@ def load(folder: Path) -> Dataset:
     return Dataset(splits["train"], splits["val"], tokenizer, digest.hexdigest())
 
 
-def _read_meta(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
+def _read_meta(folder: Path) -> dict[str, Any]:
     where = folder / "meta.json"
     try:
         meta = json.loads(where.read_text(encoding="utf-8"))
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is damaged ({error}); prepare it again") from None
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} is damaged: no tokenizer.json; prepare it again")
     if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
         raise UserError(f"{where} is damaged: expected an object with dtype uint16 or uint32")
     if not all(isinstance(meta.get(f"{s}_tokens"), int) for s in ("train", "val")):
         raise UserError(f"{where} is damaged: expected whole numbers train_tokens and val_tokens")
-    return meta, tokenizers.from_json(text, str(folder / "tokenizer.json"))
+    return meta
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -286,11 +309,26 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
 
 
-def _nanogpt_tokenizer(folder: Path) -> Tokenizer:
-    """From nanoGPT's meta.pkl {vocab_size, itos, stoi}; without one its sets are GPT-2 tokens."""
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """Of a folder with our tokenizer.json or nanoGPT's meta.pkl {vocab_size, itos, stoi}; None if
+    it has neither.
+
+    Raises:
+        UserError: the file is damaged, or would run code.
+    """
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} is damaged: {error}") from None
+        # Hugging Face's file of this name has the model as an object.
+        theirs = isinstance(found, dict) and isinstance(found.get("model"), dict)
+        return None if theirs else tokenizers.from_state(found, str(path))
     path = folder / "meta.pkl"
     if not path.is_file():
-        return Gpt2Tokenizer()
+        return None
     try:
         with path.open("rb") as file:
             itos = _PlainUnpickler(file).load()["itos"]
@@ -387,9 +425,10 @@ class PrepareFlags:
 
 def main(argv: list[str]) -> None:
     """`python -m gptjax.data SOURCE [flags]`."""
-    source, flags = cli.parse(PrepareFlags(), argv, "python -m gptjax.data", "SOURCE")
-    if source is None:
+    named, flags = cli.parse(PrepareFlags(), argv, "python -m gptjax.data", "SOURCE")
+    if not named:
         raise UserError("which text? python -m gptjax.data SOURCE (builtin, shakespeare, a path)")
+    (source,) = named
     config = flags.config(source)
     if problems := config.problems():
         raise UserError("; ".join(problems))

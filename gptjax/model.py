@@ -257,7 +257,8 @@ class GPT(nn.Module):
             unroll = config.scan_unroll or (1 if loops else config.n_layer)
             blocks = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                # Intermediates are there for who asks Flax to capture them.
+                variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=config.n_layer,
                 unroll=unroll,

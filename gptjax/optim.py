@@ -47,3 +47,15 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
         optax.scale_by_adam(config.beta1, config.beta2),
         optax.add_decayed_weights(config.weight_decay, decay_mask),
     )
+
+
+def adam_state(config: TrainConfig, params: Any, count: Any, mu: Any, nu: Any) -> Any:
+    """The state of `optimizer` after `count` updates, from Adam's moments (trees like `params`)."""
+    empty = jax.eval_shape(optimizer(config).init, params)
+    return optax.tree.set(empty, count=count, mu=mu, nu=nu)
+
+
+def adam_parts(opt_state: Any) -> tuple[Any, Any, Any]:
+    """(count, mu, nu): the inverse of `adam_state`."""
+    count, mu, nu = (optax.tree.get(opt_state, name) for name in ("count", "mu", "nu"))
+    return count, mu, nu

@@ -64,21 +64,13 @@ def draw(run_dirs: list[Path], out: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """`python -m gptjax.report RUN_DIR [RUN_DIR ...] [--out loss.png]`."""
-    runs = [Path(run) for run in _leading(argv)]
-    _, flags = cli.parse(
-        ReportFlags(), argv[len(runs) :], "python -m gptjax.report RUN_DIR [RUN_DIR ...]"
-    )
+    named, flags = cli.parse(ReportFlags(), argv, "python -m gptjax.report", "RUN_DIR ...")
+    runs = [Path(run) for run in named]
     if not runs:
         raise UserError("which run? python -m gptjax.report RUN_DIR [RUN_DIR ...]")
     out = Path(flags.out) if flags.out else runs[0] / "loss.png"
     draw(runs, out)
     print(f"drew {out}")
-
-
-def _leading(argv: list[str]) -> list[str]:
-    """The arguments before the first flag."""
-    flags = [i for i, argument in enumerate(argv) if argument.startswith("-")]
-    return argv[: flags[0]] if flags else argv
 
 
 if __name__ == "__main__":

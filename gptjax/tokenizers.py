@@ -12,6 +12,7 @@ import sentencepiece
 import tiktoken
 from tiktoken_ext import openai_public
 
+from gptjax.config import TokenizerKind
 from gptjax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -20,7 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 class Tokenizer(Protocol):
     """What the rest of the project knows of a tokenizer."""
 
-    kind: str
+    kind: TokenizerKind
     n_vocab: int
     """Ids are 0 ... n_vocab - 1."""
 
@@ -49,7 +50,7 @@ class Tokenizer(Protocol):
 class CharTokenizer:
     """One id per distinct character, in code point order."""
 
-    kind = "char"
+    kind: TokenizerKind = "char"
     eot = None
 
     def __init__(self, characters: str):
@@ -88,7 +89,7 @@ class CharTokenizer:
 class Gpt2Tokenizer:
     """GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2), by tiktoken."""
 
-    kind = "gpt2"
+    kind: TokenizerKind = "gpt2"
     # Contractions, words, numbers and other runs each with one leading space, then white space:
     # the pre-tokenisation of GPT-2's released encoder.
     PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -132,7 +133,7 @@ class SentencePieceTokenizer:
     """A byte-pair model trained on the corpus (Kudo & Richardson 2018), lossless: nothing is
     normalised, and characters outside the vocabulary are spelled as bytes."""
 
-    kind = "sentencepiece"
+    kind: TokenizerKind = "sentencepiece"
 
     def __init__(self, model: bytes):
         """`model`: a serialised SentencePiece model; RuntimeError if it is not one."""
@@ -181,6 +182,26 @@ class SentencePieceTokenizer:
             ) from None
         return cls(model.getvalue())
 
+    def piece(self, id_: int) -> str:
+        """How the model spells an id: a space as U+2581, byte 0A as <0x0A>."""
+        return self._processor.id_to_piece(id_)
+
+    def control_ids(self) -> list[int]:
+        """Ids that no text has."""
+        processor = self._processor
+        every = range(self.n_vocab)
+        return [i for i in every if processor.is_unknown(i) or processor.is_control(i)]
+
+    def learned_pieces(self) -> list[str]:
+        """What merging can make, in the order it was learned."""
+        processor = self._processor
+        plain = [
+            i
+            for i in range(self.n_vocab)
+            if not (processor.is_byte(i) or processor.is_control(i) or processor.is_unknown(i))
+        ]
+        return [self.piece(i) for i in sorted(plain, key=processor.get_score, reverse=True)]
+
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         ids: list[int] = []
         for part in re.split("([\u2581\0])", text):
@@ -223,6 +244,6 @@ def from_json(text: str, where: str) -> Tokenizer:
     """The inverse of `to_json`; `where` names the source in errors."""
     try:
         state = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     return from_state(state, where)

@@ -30,9 +30,9 @@ def test_boolean_flags_stand_alone_or_take_true_and_false():
 
 
 def test_the_leading_argument_is_the_positional_one():
-    first, config = cli.parse(TrainConfig(), ["c.py", "--seed", "3"], "t", "CONFIG.py")
-    assert (first, config.seed) == ("c.py", 3)
-    assert cli.parse(TrainConfig(), ["--seed", "3"], "t", "CONFIG.py")[0] is None
+    first, config = cli.parse(TrainConfig(), ["c.py", "--seed", "3"], "t", "[CONFIG.py]")
+    assert (first, config.seed) == (["c.py"], 3)
+    assert cli.parse(TrainConfig(), ["--seed", "3"], "t", "[CONFIG.py]")[0] == []
 
 
 def test_every_mistake_is_reported_at_once_with_its_near_miss():

@@ -108,3 +108,29 @@ def test_flops_per_token_follow_palms_appendix_b():
     config = ModelConfig(2, 2, 64, 32, vocab_size=100, bias=False)
     layer = 12 * 64 * 64 + 2 * 64
     assert config.flops_per_token() == 6 * (2 * layer + 64 + 100 * 64) + 12 * 2 * 64 * 32
+
+
+def test_of_an_imported_run_only_the_weights_are_fixed():
+    saved = TrainConfig(model=ModelConfig(vocab_size=50257), learning_rate=3e-5)
+    free = dataclasses.replace(
+        saved, learning_rate=1e-3, batch_size=3, data=DataConfig(tokenizer="gpt2"),
+        model=dataclasses.replace(saved.model, dropout=0.1, dtype="bfloat16", remat=True),
+    )  # fmt: skip
+    assert not config_lib.resume_conflicts(saved, free, imported=True)
+    other = dataclasses.replace(saved, model=dataclasses.replace(saved.model, gelu="erf"))
+    assert config_lib.resume_conflicts(saved, other, imported=True) == [
+        "model.gelu: 'tanh' in the run, 'erf' now"
+    ]
+
+
+def test_weights_bring_their_architecture_and_leave_the_rest():
+    weights = ModelConfig(48, 25, 1600, vocab_size=50257, gelu="erf", dropout=0.1)
+    wanted = ModelConfig(block_size=256, dropout=0.2, remat=True)
+    assert config_lib.adopt(wanted, weights) == dataclasses.replace(
+        weights, block_size=256, dropout=0.2, remat=True
+    )
+    # 1024 is the default, so it is nobody's wish.
+    small = dataclasses.replace(weights, block_size=64)
+    assert config_lib.adopt(ModelConfig(), small).block_size == 64
+    with pytest.raises(UserError, match=r"n_layer 6 is not the weights' 48.*block_size 2048 exc"):
+        config_lib.adopt(ModelConfig(n_layer=6, block_size=2048), weights)

@@ -14,11 +14,10 @@ import jax
 import numpy as np
 import pytest
 import torch
-import torch_gpt
 from conftest import ROOT, SHAKESPEARE, assert_one_clear_line, command_environment
 
 import train_jax
-from gptjax import checkpoint, train
+from gptjax import checkpoint, state_dict, torch_gpt, train
 from gptjax.checkpoint import Checkpoints
 from gptjax.errors import UserError
 
@@ -101,18 +100,16 @@ def test_a_run_without_its_settings_file_goes_on_and_a_damaged_one_is_named(
 
 def test_the_exact_validation_loss_is_pytorchs_over_the_whole_split(uninterrupted):
     run_dir, _ = uninterrupted
-    with Checkpoints(run_dir) as checkpoints:
-        config = checkpoints.facts(40).config
-        shapes = jax.eval_shape(lambda: train.init_state(config).params)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        params = checkpoints.restore(40, params=checkpoint.abstract(shapes, here))["params"]
-    theirs = torch_gpt.load(config.model, params)
+    _, facts, params = checkpoint.load(run_dir, "40")
+    config = facts.config
+    tensors = state_dict.to_torch(params, config.model, "out_in")
+    theirs = torch_gpt.from_state_dict(config.model, tensors)
     val = np.fromfile(Path(config.data.dir) / "val.bin", "<u2").astype(np.int64)
     total = 0.0
     for start in range(0, len(val) - 1, 16):
         window = torch.from_numpy(val[start : start + 17])[None]
         with torch.no_grad():
-            loss = theirs(window[:, :-1], window[:, 1:])[1]
+            loss = torch_gpt.cross_entropy(theirs(window[:, :-1]), window[:, 1:])
         total += loss.item() * (window.shape[1] - 1)
     assert logged(run_dir)[-1]["val_loss"] == pytest.approx(total / (len(val) - 1), rel=1e-6)
 

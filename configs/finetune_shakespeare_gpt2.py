@@ -1,0 +1,23 @@
+"""GPT-2 fine-tuned on Tiny Shakespeare for a few steps, with nanoGPT's settings.
+
+First, once: python -m gptjax.convert import gpt2 runs/gpt2
+
+Another size: import gpt2-xl, say, and add --init-from runs/gpt2-xl.
+"""
+
+from gptjax.config import DataConfig, ModelConfig, TrainConfig
+
+config = TrainConfig(
+    init_from="runs/gpt2",
+    # The rest of the architecture comes with the weights.
+    model=ModelConfig(block_size=256, dropout=0.1),
+    data=DataConfig(source="shakespeare", tokenizer="gpt2"),
+    batch_size=32,
+    gradient_accumulation_steps=4,
+    max_steps=20,
+    learning_rate=3e-5,
+    min_lr=3e-5,
+    warmup_steps=0,
+    eval_interval=5,
+    log_interval=1,
+)
