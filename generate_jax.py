@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
     parallel.use_platform(flags.device)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
 
-    step, facts, params = checkpoint.load(Path(flags.run_dir), flags.checkpoint)
+    step, facts, params, _ = checkpoint.load(Path(flags.run_dir), flags.checkpoint)
     tokenizer = tokenizers.from_json(facts.tokenizer, flags.run_dir)
     prompt = tokenizer.encode(prompt_text, skip_unknown=flags.unknown == "skip")
     if not len(prompt):

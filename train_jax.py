@@ -28,6 +28,7 @@ from gptjax import (
     cli,
     corpus,
     data,
+    evaluate,
     generate,
     metrics,
     optim,
@@ -49,26 +50,52 @@ CONFIGS = Path(__file__).parent / "configs"
 # ------------------------------------------------------------------------------ settings
 
 
-def read_settings(argv: list[str]) -> TrainConfig:
-    """The config file, or the existing run's settings, or those for fine-tuning (--init-from), or
-    the quickstart; then the flags."""
+def read_settings(argv: list[str]) -> tuple[TrainConfig, Tokenizer | None]:
+    """(the settings, the tokenizer of the weights that the run starts from or resumes).
+
+    The config file, or the existing run's settings, or those for fine-tuning (--init-from), or the
+    quickstart; with the architecture of the weights to start from; then the flags.
+    """
 
     def asked(flag: str) -> str | None:
         found = re.findall(rf"(?:^|\0)--{flag}[=\0]([^\0]+)", "\0".join(argv))
         return found[-1] if found else None  # the last of a flag counts, as everywhere
 
-    run_dir = Path(asked("run[-_]dir") or "")
-    has_file = bool(argv) and not argv[0].startswith("-")
-    if has_file:
+    folder, origin = asked("run[-_]dir"), asked("init[-_]from")
+    if argv and not argv[0].startswith("-"):
         name, default = Path(argv[0]).stem, load_config(Path(argv[0]))
-    elif asked("run[-_]dir") and (saved := saved_settings(run_dir)):
-        name, default = run_dir.name, saved
-    elif asked("init[-_]from"):
-        name, default = "finetuned", config_lib.FINETUNE
+    elif folder and (saved := saved_settings(Path(folder))):
+        name, default = Path(folder).name, saved
+    elif origin:
+        name, default = f"{Path(origin).name}-finetuned", config_lib.FINETUNE
     else:
         name, default = "quickstart", load_config(CONFIGS / "quickstart.py")
+    origin = origin or default.init_from
+    facts = checkpoint.newest_facts(Path(folder or default.run_dir or f"runs/{name}"))
+    if origin:
+        facts = facts or checkpoint.newest_facts(Path(origin))
+        if not facts:
+            raise UserError(
+                f"no run in {origin} (--init-from); to make one from GPT-2's weights:"
+                f" python -m gptjax.convert import gpt2 {shlex.quote(origin)}"
+            )
+        model = config_lib.adopt(default.model, facts.config.model)
+        default = dataclasses.replace(default, model=model)
     _, config = cli.parse(default, argv, "python train_jax.py", "[CONFIG.py]")
-    return dataclasses.replace(config, run_dir=config.run_dir or f"runs/{name}")
+    config = dataclasses.replace(config, run_dir=config.run_dir or f"runs/{name}")
+    if facts is None:
+        return config, None
+    if origin:
+        config = dataclasses.replace(
+            config,
+            init_from=str(Path(origin).absolute()),
+            model=config_lib.adopt(config.model, facts.config.model, unset=None),
+        )
+    tokenizer = tokenizers.from_json(facts.tokenizer, str(origin or config.run_dir))
+    if origin or facts.data_fingerprint is None:
+        kind = dataclasses.replace(config.data, tokenizer=tokenizer.kind)
+        config = dataclasses.replace(config, data=kind)
+    return config, tokenizer
 
 
 def saved_settings(run_dir: Path) -> TrainConfig | None:
@@ -93,32 +120,6 @@ def saved_settings(run_dir: Path) -> TrainConfig | None:
         if made == data.default_name(config.data):
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None))
     return config
-
-
-def adopt_origin(config: TrainConfig) -> tuple[TrainConfig, Tokenizer | None]:
-    """The config with the architecture of the weights that the run starts from, and their
-    tokenizer; None for a run that starts from nothing.
-
-    Raises:
-        UserError: `init_from` is no run, or is another model.
-    """
-    facts = checkpoint.newest_facts(Path(config.run_dir or ""))
-    if config.init_from and not facts:
-        if not checkpoint.newest_facts(Path(config.init_from)):
-            raise UserError(
-                f"no run in {config.init_from} (--init-from); to make one from GPT-2's weights:"
-                f" python -m gptjax.convert import gpt2 {shlex.quote(config.init_from)}"
-            )
-        with Checkpoints(Path(config.init_from)) as origin:
-            facts = origin.facts(origin.resolve("best"))
-    if not facts:
-        return config, None
-    tokenizer = tokenizers.from_json(facts.tokenizer, str(config.init_from or config.run_dir))
-    if config.init_from:
-        kind = dataclasses.replace(config.data, tokenizer=tokenizer.kind)
-        model = config_lib.adopt(config.model, facts.config.model)
-        config = dataclasses.replace(config, model=model, data=kind)
-    return config, tokenizer
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -149,19 +150,14 @@ def _with_near_miss(error: Exception) -> str:
     return f"{text}; did you mean {near[0]}?" if near else text
 
 
-def write_settings(path: Path, config: TrainConfig) -> None:
-    """All at once, so that a kill leaves the old file or the new one."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(config_lib.to_json(config) + "\n")
-    os.replace(scratch, path)
-
-
 def open_data(
     config: TrainConfig, tokenizer: Tokenizer | None, console: Console
 ) -> tuple[TrainConfig, Dataset]:
     """The prepared set, made first if it is missing; and the config with `data.dir` and the
     model's vocabulary filled in. `tokenizer`: that of the weights that the run starts from."""
-    folder = Path(config.data.dir or data.default_dir(config.data, tokenizer))
+    folder = Path(config.data.dir or data.default_dir(config.data))
+    if tokenizer and not config.data.dir and not data.is_made_with(folder, tokenizer):
+        folder = data.default_dir(config.data, tokenizer)
     if not folder.exists():
         if config.data.dir:
             raise UserError(f"no folder {folder} (--data.dir); python -m gptjax.data makes one")
@@ -218,12 +214,14 @@ class Run:
         """The signal that this host has received."""
         self.stopped_by = 0
         """The signal on which all hosts stopped."""
+        self.origin = "new"
         self.state = self._initial_or_resumed()
         self.first_step = int(parallel.fetch({"step": self.state.step})["step"])
 
     def _initial_or_resumed(self) -> train.TrainState:
         step = self.checkpoints.latest_step
         if step is None and self.config.init_from:
+            self.origin = f"from {self.config.init_from}"
             return parallel.replicate(self._from_weights(Path(self.config.init_from)))
         if step is None:
             return parallel.replicate(jax.jit(lambda: train.init_state(self.config))())
@@ -240,6 +238,7 @@ class Run:
                 f"{self.run_dir} holds a run with other settings; " + "; ".join(conflicts)
                 + "; resume it without changes, or name another --run-dir"
             )  # fmt: skip
+        self.origin = f"resumed at step {step}" if trained_on else f"imported, at step {step}"
         self.best_val_loss = facts.best_val_loss
         shapes = jax.eval_shape(lambda: train.init_state(self.config))
         targets = checkpoint.abstract(shapes, parallel.one_per_host())
@@ -272,17 +271,8 @@ class Run:
             block_size=model.block_size,
             rows=parallel.host_rows(self.config.batch_size),
         )
-        self._check_ids(rows)
+        data.check_ids(rows, model.vocab_size)
         return parallel.split_rows(rows, self.config.gradient_accumulation_steps)
-
-    def _check_ids(self, tokens: np.ndarray) -> None:
-        # JAX clamps an index out of range, without a word.
-        vocab_size = self.config.model.vocab_size or 0
-        if tokens.max() >= vocab_size:
-            raise RunError(
-                f"the data hold token id {tokens.max()}, beyond the vocabulary of {vocab_size};"
-                " the set is damaged, prepare it again"
-            )
 
     def _safe(self) -> str:
         step = self.checkpoints.latest_step
@@ -295,22 +285,11 @@ class Run:
         Raises:
             RunError: it is not finite.
         """
-        config, tokens = self.config, self.dataset.val
-        rows = config.micro_batch_size
-        starts = data.eval_starts(len(tokens), config.model.block_size, batches and batches * rows)
-        loss = count = 0.0
-        for first in range(0, len(starts), rows):
-            windows, weights = data.windows_at(
-                tokens, starts[first : first + rows], config.model.block_size, rows
-            )
-            self._check_ids(windows)
-            mine = parallel.host_rows(rows)
-            share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (windows, weights))
-            sums = self.eval_step(self.state.params, *share)
-            # Wait for each: steps that do not depend on one another, in flight together, can
-            # starve XLA's CPU collectives of threads until they give up.
-            got = parallel.fetch({"loss": sums[0], "count": sums[1]})
-            loss, count = loss + got["loss"], count + got["count"]
+        model, rows = self.config.model, self.config.micro_batch_size
+        tokens = self.dataset.val
+        some = data.spans(len(tokens), model.block_size, at_most=batches and batches * rows)
+        params = self.state.params
+        loss, count = evaluate.span_loss(self.eval_step, params, tokens, some, model, rows)
         if not math.isfinite(loss):
             raise RunError(f"the validation loss became {loss}; {self._safe()}")
         return loss / count
@@ -386,7 +365,7 @@ class Run:
 
         if self.first_step == 0:
             with clock.paused():
-                first_loss = self.evaluate(eval_batches)
+                first_loss = self.best_val_loss = self.evaluate(eval_batches)
                 log.append({"step": 0, "val_loss": first_loss, "seconds": 0.0})
                 display.say(f"step 0: validation loss {first_loss:.4f}")
 
@@ -440,7 +419,7 @@ class Run:
 
 
 def main(argv: list[str]) -> None:
-    config, tokenizer = adopt_origin(read_settings(argv))
+    config, tokenizer = read_settings(argv)
     # What can be refused before a long text is tokenised is refused here.
     run_dir = Path(config.run_dir or "")
     for folder in (run_dir, run_dir / "checkpoints"):
@@ -461,7 +440,7 @@ def main(argv: list[str]) -> None:
         with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
             run = Run(config, dataset, checkpoints)
             if parallel.is_main_host():
-                write_settings(run_dir / "config.json", config)
+                config_lib.write(run_dir / "config.json", config)
             with metrics.Display(
                 total=config.max_steps, done=run.first_step, visible=parallel.is_main_host()
             ) as display:
@@ -485,10 +464,8 @@ def describe(run: Run, display: metrics.Display) -> None:
     attention = "{} ({})".format(*kernels[0])
     if kernels[0][0] != kernels[1][0]:
         attention += "; in evaluation {} ({})".format(*kernels[1])
-    state = f"from {config.init_from}" if config.init_from else "new"
-    state = f"resumed at step {run.first_step}" if run.first_step else state
     display.say(
-        f"run        {run.run_dir} ({state})\n"
+        f"run        {run.run_dir} ({run.origin})\n"
         f"data       {os.path.relpath(config.data.dir or '')}:"
         f" {len(run.dataset.train):,} training and {len(run.dataset.val):,} validation tokens,"
         f" {run.dataset.tokenizer.kind} tokenizer\n"

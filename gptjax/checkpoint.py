@@ -16,8 +16,9 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from gptjax import config as config_lib
+from gptjax import optim
 from gptjax.config import TrainConfig
-from gptjax.errors import RunError, UserError
+from gptjax.errors import RunError, UserError, first_line
 from gptjax.model import Params, init_params
 
 # Orbax logs the tracebacks of a failed save or load, then raises it: once is enough.
@@ -69,7 +70,7 @@ class Checkpoints:
             )
         except ValueError as error:  # bad JSON or UTF-8 in a checkpoint's metrics
             raise UserError(
-                f"a checkpoint in {self.directory} is damaged: {_first_line(error)};"
+                f"a checkpoint in {self.directory} is damaged: {_gist(error)};"
                 " move away the one that has a broken metrics/metrics file"
             ) from error
 
@@ -149,7 +150,7 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> RunError:
-        reason = _first_line(error)
+        reason = _gist(error)
         if "No space left" in str(error):
             reason = "the disk is full"
         self._orbax.reload()
@@ -176,7 +177,7 @@ class Checkpoints:
         except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            reason = _first_line(error)
+            reason = _gist(error)
             if "incompatible handler" in reason:
                 reason = "it is damaged; move it away to go on from the one before"
             raise UserError(
@@ -195,16 +196,23 @@ def _writing() -> ocp.Context:
 
 
 class Loaded(NamedTuple):
-    """A checkpoint's model, to use rather than to train on."""
+    """A checkpoint, to use rather than to train on."""
 
     step: int
     facts: Facts
     params: Params
+    opt_state: Any = None
+    """Where it was asked for, and is there."""
 
 
-def load(run_dir: Path, name: str, sharding: jax.sharding.Sharding | None = None) -> Loaded:
-    """The parameters of the checkpoint `name` ("latest", "best" or a step), on one device or as
-    `sharding` says.
+def load(
+    run_dir: Path,
+    name: str,
+    sharding: jax.sharding.Sharding | None = None,
+    *,
+    optimizer: bool = False,
+) -> Loaded:
+    """The checkpoint `name` ("latest", "best" or a step), on one device or as `sharding` says.
 
     Raises:
         UserError: there is no such run or checkpoint, or it is damaged.
@@ -212,10 +220,13 @@ def load(run_dir: Path, name: str, sharding: jax.sharding.Sharding | None = None
     with Checkpoints(run_dir) as checkpoints:
         step = checkpoints.resolve(name)
         facts = checkpoints.facts(step)
-        shapes = jax.eval_shape(lambda: init_params(facts.config.model, 0))
+        params = jax.eval_shape(lambda: init_params(facts.config.model, 0))
+        wanted = {"params": params}
+        if optimizer and checkpoints.has_optimizer(step):
+            wanted["opt_state"] = jax.eval_shape(optim.optimizer(facts.config).init, params)
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = abstract(shapes, sharding or one_device)
-        return Loaded(step, facts, checkpoints.restore(step, params=target)["params"])
+        targets = {part: abstract(tree, sharding or one_device) for part, tree in wanted.items()}
+        return Loaded(step, facts, **checkpoints.restore(step, **targets))
 
 
 def newest_facts(run_dir: Path) -> Facts | None:
@@ -248,11 +259,10 @@ def _read_facts(checkpoint: Path) -> Facts:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    """The gist of a long message: tensorstore's end in the system's words."""
-    text = str(error).strip() or type(error).__name__
-    system = re.search(r": ([^:]+) \[os_error", text)
-    return system[1] if system else text.splitlines()[0]
+def _gist(error: Exception) -> str:
+    """Tensorstore's long messages end in the system's words."""
+    system = re.search(r": ([^:]+) \[os_error", str(error))
+    return system[1] if system else first_line(error)
 
 
 def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.errors import UserError
@@ -125,9 +127,10 @@ class ModelConfig:
 class DataConfig:
     """The text and how it becomes tokens."""
 
-    source: str = "builtin"
+    source: str | None = "builtin"
     """builtin (the Python standard library's own source), shakespeare (downloaded once), or a
-    .txt or .jsonl file (field `text`), a folder, or a glob of them."""
+    .txt or .jsonl file (field `text`), a folder, or a glob of them. None: not known, the weights
+    were imported."""
     tokenizer: TokenizerKind = "char"
     """char: one token a character; gpt2: GPT-2's byte-pair encoding; sentencepiece: a model
     trained on the text itself."""
@@ -142,7 +145,7 @@ class DataConfig:
     def problems(self) -> list[str]:
         """Each setting that is out of range, in words."""
         out = _outside(self, 1, "sentencepiece_vocab_size")
-        if not self.source:
+        if self.source == "":
             out.append("data.source is empty; name a file, a folder or a glob")
         if not 0 < self.val_fraction < 1:
             out.append(f"data.val_fraction {self.val_fraction} is outside (0, 1)")
@@ -259,9 +262,7 @@ class TrainConfig:
         return self.batch_size // unit
 
 
-FINETUNE = TrainConfig(
-    data=DataConfig(source="unknown"), learning_rate=3e-5, min_lr=3e-6, beta2=0.95
-)
+FINETUNE = TrainConfig(data=DataConfig(source=None), learning_rate=3e-5, min_lr=3e-6, beta2=0.95)
 """To go on from pretrained weights, on a text that has to be named: nanoGPT's learning rate for
 that."""
 
@@ -269,7 +270,7 @@ that."""
 # training beyond rounding (and, on other devices, which dropout masks are drawn). A data set may
 # move: the fingerprint of its tokens is compared.
 RESUME_MAY_CHANGE = {
-    *("run_dir", "init_from", "max_steps", "device", "num_devices"),
+    *("run_dir", "max_steps", "device", "num_devices"),
     *("log_interval", "eval_interval", "eval_batches", "eval_full_split"),
     *("save_interval", "keep_checkpoints", "sample_tokens"),
     *("data.dir", "model.attention", "model.scan_unroll", "model.remat"),
@@ -280,24 +281,27 @@ RESUME_MAY_CHANGE = {
 NOT_IN_WEIGHTS = {"block_size", "dropout", "attention", "dtype", "remat", "scan_unroll"}
 
 
-def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
-    """`wanted` with the architecture of `weights`.
+def adopt(
+    wanted: ModelConfig, weights: ModelConfig, *, unset: ModelConfig | None = ModelConfig()
+) -> ModelConfig:
+    """`wanted` with the architecture of `weights`. What equals `unset` is nobody's wish and becomes
+    theirs; None: everything is one.
 
     Raises:
-        UserError: a setting is neither theirs nor left at its default, or they know fewer
-            positions than block_size.
+        UserError: a setting differs from theirs, or they know fewer positions than block_size.
     """
-    default, found, problems = ModelConfig(), dataclasses.asdict(wanted), []
+    found, problems = dataclasses.asdict(wanted), []
     for name, theirs in dataclasses.asdict(weights).items():
-        value, unset = found[name], getattr(default, name)
+        value = found[name]
+        is_unset = unset is not None and value == getattr(unset, name)
         if name not in NOT_IN_WEIGHTS:
-            if value not in (theirs, unset):
+            if value != theirs and not is_unset:
                 problems.append(f"model.{name} {value} is not the weights' {theirs}; leave it out")
             found[name] = theirs
-        elif name == "block_size" and value > theirs:
-            if value != unset:
+        elif name == "block_size":
+            if value > theirs and not is_unset:
                 problems.append(f"model.block_size {value} exceeds the weights' {theirs}")
-            found[name] = theirs
+            found[name] = theirs if is_unset else value
     if problems:
         raise UserError("; ".join(problems))
     return ModelConfig(**found)
@@ -340,6 +344,13 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 def to_json(config: TrainConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def write(path: Path, config: TrainConfig) -> None:
+    """As JSON, all at once, so that a kill leaves the old file or the new one."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(to_json(config) + "\n")
+    os.replace(scratch, path)
 
 
 def from_json(text: str, where: str) -> TrainConfig:

@@ -11,13 +11,10 @@ import json
 import pickle
 import re
 import shlex
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -36,14 +33,14 @@ from gptjax import (
 from gptjax import config as config_lib
 from gptjax.checkpoint import Checkpoints, Facts
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.errors import RunError, UserError
+from gptjax.errors import RunError, UserError, first_line
 from gptjax.state_dict import HEAD, PREFIX
 from gptjax.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 
 Format = Literal["hf", "nanogpt"]
 
 GPT2_IDS = 50257
-# A GPT-2 vocabulary padded by up to so much is still taken for one (nanoGPT has 50304).
+# Rows of an embedding that may be there for its shape alone (nanoGPT has 50304 for 50257 ids).
 MOST_PADDING = 1024
 # Files above this size are written in several parts, as Hugging Face does.
 SHARD_BYTES = 2 << 30
@@ -52,7 +49,7 @@ SHARD_BYTES = 2 << 30
 # --------------------------------------------------------------------------------- import
 
 
-class Model(NamedTuple):
+class Imported(NamedTuple):
     """What was read from PyTorch's world."""
 
     config: TrainConfig
@@ -65,7 +62,7 @@ class Model(NamedTuple):
     opt_state: Any = None
 
 
-def read_hugging_face(folder: Path) -> Model:
+def read_hugging_face(folder: Path) -> Imported:
     """A GPT-2 in Hugging Face's format: config.json with model.safetensors, in one file or
     sharded, or pytorch_model.bin.
 
@@ -81,7 +78,7 @@ def read_hugging_face(folder: Path) -> Model:
     if bare != model and (fewer := state_dict.without_zeros(params, model, bare)):
         model, params = bare, fewer
     config = dataclasses.replace(config_lib.FINETUNE, model=model)
-    return Model(config, params, str(folder), folder)
+    return Imported(config, params, str(folder), folder)
 
 
 def _from_hf_config(settings: dict[str, Any], where: str) -> tuple[ModelConfig, ModelConfig]:
@@ -111,6 +108,8 @@ def _from_hf_config(settings: dict[str, Any], where: str) -> tuple[ModelConfig, 
         raise UserError(f"{where} is not of a GPT-2 that gptjax can compute: {', '.join(wrong)}")
     drops = [settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd", "attn")]
     odd = [drop for drop in drops if not isinstance(drop, (int, float))]
+    if not odd and drops.count(drops[0]) < len(drops):
+        print(f"note: dropout is set to 0 (resid, embd and attn have {drops}; we have one rate)")
     fields = {ours: settings[theirs] for theirs, ours in sizes.items()} | {
         "gelu": "erf" if settings.get("activation_function") == "gelu" else "tanh",
         "tied_head": settings.get("tie_word_embeddings", True),
@@ -141,7 +140,9 @@ def _settings(fields: dict[str, Any], where: str) -> TrainConfig:
     return config_lib.from_json(text, where)
 
 
-def read_nanogpt(path: Path, *, optimizer: bool = True) -> Model:
+def read_nanogpt(
+    path: Path, *, optimizer: bool = True, gelu: Literal["tanh", "erf"] = "erf"
+) -> Imported:
     """nanoGPT's ckpt.pt, with its settings and its AdamW's state, so that training goes on.
 
     Raises:
@@ -152,17 +153,22 @@ def read_nanogpt(path: Path, *, optimizer: bool = True) -> Model:
         raise UserError(f"{path} is not nanoGPT's: expected `model` and `model_args` in it")
     where, settings = str(path), saved.get("config")
     settings = settings if isinstance(settings, dict) else {}
-    # nanoGPT computes GELU by its exact formula, and always ties the head.
-    fields = {"bias": True, "gelu": "erf", "tied_head": True} | saved["model_args"]
+    # nanoGPT always ties the head. It computed GELU by its tanh form until 2023, and by its exact
+    # formula since; the file does not say.
+    fields = {"bias": True, "gelu": gelu, "tied_head": True} | saved["model_args"]
     model = _checked(fields, f"{where}, model_args")
-    config = _from_nanogpt_settings(settings, model, f"{where}, config")
+    try:
+        config = _from_nanogpt_settings(settings, model, f"{where}, config")
+    except UserError as error:  # good weights may come with settings that we refuse
+        print(f"note: its training settings are left out ({error})")
+        config = dataclasses.replace(config_lib.FINETUNE, model=model)
     params = state_dict.from_torch(weights.TorchTensors(saved.pop("model", None), where), model,
                                    "out_in", where)  # fmt: skip
     step = saved.get("iter_num", 0)
     if not isinstance(step, int) or not 0 <= step < config_lib.LARGEST:
         raise UserError(f"{where}: iter_num is {step!r}; expected a step's number")
     state = saved.pop("optimizer", None) if optimizer else None
-    return Model(
+    return Imported(
         config,
         params,
         where,
@@ -207,31 +213,34 @@ def _from_torch_adamw(saved: Any, config: TrainConfig, where: str) -> Any:
     advice = "; to import the weights alone, add --optimizer False"
     try:
         groups = [number for group in saved["param_groups"] for number in group["params"]]
-        moments = [saved["state"][number] for number in groups]
-        counts = {int(moment["step"]) for moment in moments}
+        moments = [saved["state"].pop(number) for number in groups]
+        counts = {int(moment.pop("step")) for moment in moments}
         first, second = (
-            {name: moment[key] for name, moment in zip(names, moments, strict=True)}
+            {name: moment.pop(key) for name, moment in zip(names, moments, strict=True)}
             for key in ("exp_avg", "exp_avg_sq")
         )
+        rest = [*saved["state"], *(key for moment in moments for key in moment)]
         if len(counts) != 1 or not 0 <= min(counts) < config_lib.LARGEST:
             raise ValueError(f"its parameters were updated {sorted(counts)} times")
+        if rest:
+            raise ValueError(f"left over: {rest[0]}")
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError) as error:
         raise UserError(
-            f"{where}: `optimizer` is not AdamW's state of this model"
-            f" ({weights.first_line(error)}){advice}"
+            f"{where}: `optimizer` is not AdamW's state of this model ({first_line(error)}){advice}"
         ) from None
     try:
         mu, nu = (
-            state_dict.from_torch(weights.TorchTensors(part, where), config.model, "out_in",
-                                  f"{where}, optimizer")
+            state_dict.from_torch(
+                weights.TorchTensors(part, where), config.model, "out_in", f"{where}, optimizer"
+            )
             for part in (first, second)
-        )  # fmt: skip
+        )
     except UserError as error:
         raise UserError(f"{error}{advice}") from None
-    return optim.adam_state(config, mu, np.asarray(counts.pop(), np.int32), mu, nu)
+    return optim.adam_state(config, np.asarray(counts.pop(), np.int32), mu, nu)
 
 
-def read_model(source: str, *, optimizer: bool = True) -> Model:
+def read_model(source: str, flags: "ImportFlags") -> Imported:
     """From a folder, a ckpt.pt, or the Hugging Face Hub if nothing of that name is here.
 
     Raises:
@@ -239,12 +248,16 @@ def read_model(source: str, *, optimizer: bool = True) -> Model:
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return read_nanogpt(path, optimizer=optimizer)
+        return read_nanogpt(path, optimizer=flags.optimizer, gelu=flags.gelu)
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{source} is a run of gptjax already")
     if (path / "config.json").is_file():
         return read_hugging_face(path)
     if (path / "ckpt.pt").is_file():
-        return read_nanogpt(path / "ckpt.pt", optimizer=optimizer)
-    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        return read_nanogpt(path / "ckpt.pt", optimizer=flags.optimizer, gelu=flags.gelu)
+    # A mistyped path must not become somebody's repository.
+    a_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source.strip(".")
+    if a_name and not path.exists() and (path.parent == Path(".") or not path.parent.exists()):
         return read_hugging_face(weights.download(source))._replace(where=source)
     raise UserError(
         f"no model at {source!r}: expected a Hugging Face folder (config.json), nanoGPT's ckpt.pt,"
@@ -262,11 +275,13 @@ def find_tokenizer(asked: str | None, folder: Path, rows: int) -> Tokenizer:
     found = None
     if asked != "gpt2":
         place = Path(asked) if asked else folder
-        found = data.read_tokenizer(place) or hf_tokenizer.read(place)
+        run = checkpoint.newest_facts(place)
+        found = tokenizers.from_json(run.tokenizer, str(place)) if run else None
+        found = found or data.read_tokenizer(place) or hf_tokenizer.read(place)
         if asked and found is None:
             raise UserError(
-                f"--tokenizer {asked}: expected gpt2, or a folder with tokenizer files of gptjax,"
-                " Hugging Face or nanoGPT (meta.pkl)"
+                f"--tokenizer {asked}: expected gpt2, a run or data folder of gptjax, or a"
+                " folder with tokenizer files of Hugging Face or nanoGPT (meta.pkl)"
             )
     if asked == "gpt2" or (found is None and GPT2_IDS <= rows <= GPT2_IDS + MOST_PADDING):
         found = Gpt2Tokenizer()
@@ -275,7 +290,7 @@ def find_tokenizer(asked: str | None, folder: Path, rows: int) -> Tokenizer:
             f"no tokenizer lies beside the weights, and {rows} ids are not GPT-2's; name the folder"
             " of one with --tokenizer (nanoGPT's data folder with meta.pkl, say)"
         )
-    if found.n_vocab > rows:
+    if not 0 <= rows - found.n_vocab <= MOST_PADDING:
         raise UserError(
             f"the {found.kind} tokenizer has {found.n_vocab} ids, but the model knows {rows}; name"
             " another with --tokenizer"
@@ -289,14 +304,8 @@ def _multiple(ids: int, rows: int) -> int:
     return next(m for m in likely if -(-ids // m) * m == rows)
 
 
-def write_run(model: Model, tokenizer: Tokenizer, run_dir: Path) -> TrainConfig:
-    """A run directory with one checkpoint.
-
-    Raises:
-        UserError: there is a run already. RunError: it cannot be written.
-    """
-    if checkpoint.newest_facts(run_dir):
-        raise UserError(f"{run_dir} holds a run already; name another folder")
+def write_run(model: Imported, tokenizer: Tokenizer, run_dir: Path) -> TrainConfig:
+    """A run directory with one checkpoint. RunError: it cannot be written."""
     rows = model.config.model.vocab_size
     assert rows is not None
     config = dataclasses.replace(
@@ -314,7 +323,7 @@ def write_run(model: Model, tokenizer: Tokenizer, run_dir: Path) -> TrainConfig:
         run_dir.mkdir(parents=True, exist_ok=True)
         with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
             checkpoints.save(model.step, model.params, model.opt_state, facts, None)
-        (run_dir / "config.json").write_text(config_lib.to_json(config) + "\n")
+        config_lib.write(run_dir / "config.json", config)
     except OSError as error:
         raise RunError(f"cannot write {run_dir}: {error.strerror}") from None
     return config
@@ -341,7 +350,7 @@ def obstacles(config: ModelConfig, tokenizer: Tokenizer | None, to: Format) -> l
             out.append(f"qkv_bias {config.qkv_bias} beside bias {config.bias}")
         if isinstance(tokenizer, SentencePieceTokenizer):
             out.append("a sentencepiece tokenizer")
-        if isinstance(tokenizer, Gpt2Tokenizer) and tokenizer.n_vocab != GPT2_IDS:
+        if isinstance(tokenizer, Gpt2Tokenizer) and not tokenizer.is_gpt2s_own:
             out.append("a byte-pair encoding that is not GPT-2's own")
     return out
 
@@ -362,18 +371,13 @@ def hf_model(
         "model_type": "gpt2",
         "vocab_size": len(tensors[f"{PREFIX}wte.weight"]),
         "n_positions": config.block_size,
-        "n_ctx": config.block_size,
         "n_embd": config.n_embd,
         "n_layer": config.n_layer,
         "n_head": config.n_head,
-        "n_inner": None,
         "activation_function": {"tanh": "gelu_new", "erf": "gelu"}[config.gelu],
         "layer_norm_epsilon": 1e-5,
-        "initializer_range": 0.02,
-        "scale_attn_weights": True,
         "tie_word_embeddings": config.tied_head,
         "dtype": "float32",
-        "torch_dtype": "float32",
         "gptjax": {"bias": config.bias, "qkv_bias": config.qkv_bias},
     }
     return settings | dict.fromkeys(
@@ -404,6 +408,7 @@ def export_hugging_face(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
         safetensors.numpy.save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library lets nobody else read it
         weight_map |= dict.fromkeys(shard, file)
     if count > 1:
         total = sum(array.nbytes for array in tensors.values())
@@ -412,7 +417,7 @@ def export_hugging_face(
 
 
 def export_nanogpt(
-    loaded: checkpoint.Loaded, opt_state: Any, tokenizer: Tokenizer, folder: Path, final: Path, *,
+    loaded: checkpoint.Loaded, tokenizer: Tokenizer, folder: Path, final: Path, *,
     keep_padding: bool = False,
 ) -> None:  # fmt: skip
     """ckpt.pt for nanoGPT's sample.py and, with the optimizer's state, its train.py; meta.pkl
@@ -427,6 +432,7 @@ def export_nanogpt(
 
     tensors = named(loaded.params)
     rows = len(tensors[f"{PREFIX}wte.weight"])
+    best = loaded.facts.best_val_loss
     saved: dict[str, Any] = {
         "model": tensors | {HEAD: tensors[f"{PREFIX}wte.weight"]},
         "model_args": {
@@ -435,7 +441,7 @@ def export_nanogpt(
             "dropout": model.dropout,
         },
         "iter_num": loaded.step,
-        "best_val_loss": loaded.facts.best_val_loss or 1e9,
+        "best_val_loss": 1e9 if best is None else best,  # nanoGPT begins with 1e9
         "config": {
             # sample.py looks for meta.pkl in data/DATASET; an absolute path leads it here.
             "dataset": str(final.absolute()),
@@ -449,8 +455,8 @@ def export_nanogpt(
             "eval_iters": config.eval_batches,
         },
     }  # fmt: skip
-    if opt_state is not None:
-        count, *moments = optim.adam_parts(opt_state)
+    if loaded.opt_state is not None:
+        count, *moments = optim.adam_parts(loaded.opt_state)
         mu, nu = map(named, moments)
         order = _adamw_order(model)
         decayed = [i for i, name in enumerate(order) if tensors[name].ndim > 1]
@@ -477,15 +483,6 @@ def export_nanogpt(
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
-def load_optimizer(run_dir: Path, loaded: checkpoint.Loaded) -> Any:
-    """The optimizer's state beside `loaded`, on one device."""
-    shapes = jax.eval_shape(optim.optimizer(loaded.facts.config).init, loaded.params)
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    target = checkpoint.abstract(shapes, one_device)
-    with Checkpoints(run_dir) as checkpoints:
-        return checkpoints.restore(loaded.step, opt_state=target)["opt_state"]
-
-
 def export(run_dir: Path, folder: Path, flags: "ExportFlags") -> None:
     """Write the run's checkpoint to `folder`, which appears when it is whole.
 
@@ -495,32 +492,19 @@ def export(run_dir: Path, folder: Path, flags: "ExportFlags") -> None:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder or delete it")
-    with Checkpoints(run_dir) as checkpoints:
-        step = checkpoints.resolve(flags.checkpoint)
-        facts = checkpoints.facts(step)
-        tokenizer = tokenizers.from_json(facts.tokenizer, str(run_dir))
-        if missing := obstacles(facts.config.model, tokenizer, flags.format):
-            raise UserError(f"the format {flags.format} cannot express {', '.join(missing)}")
-        with_optimizer = flags.format == "nanogpt" and checkpoints.has_optimizer(step)
-    loaded = checkpoint.load(run_dir, str(step))
-    opt_state = load_optimizer(run_dir, loaded) if with_optimizer else None
-    scratch = None
+    loaded = checkpoint.load(run_dir, flags.checkpoint, optimizer=flags.format == "nanogpt")
+    tokenizer = tokenizers.from_json(loaded.facts.tokenizer, str(run_dir))
+    if missing := obstacles(loaded.facts.config.model, tokenizer, flags.format):
+        raise UserError(f"the format {flags.format} cannot express {', '.join(missing)}")
+    padding = flags.keep_padding
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        if flags.format == "hf":
-            export_hugging_face(loaded, tokenizer, scratch, keep_padding=flags.keep_padding)
-        else:
-            export_nanogpt(
-                loaded, opt_state, tokenizer, scratch, folder, keep_padding=flags.keep_padding
-            )
-        scratch.chmod(0o755)
-        scratch.replace(folder)
+        with data.made_whole(folder) as scratch:
+            if flags.format == "hf":
+                export_hugging_face(loaded, tokenizer, scratch, keep_padding=padding)
+            else:
+                export_nanogpt(loaded, tokenizer, scratch, folder, keep_padding=padding)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        raise RunError(f"cannot write {folder}: {weights.first_line(error)}") from None
-    finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        raise RunError(f"cannot write {folder}: {first_line(error)}") from None
 
 
 # -------------------------------------------------------------------------------- command
@@ -532,10 +516,13 @@ class ImportFlags:
     a name on the Hugging Face Hub such as gpt2-xl."""
 
     tokenizer: str | None = None
-    """gpt2, or a folder with tokenizer files of gptjax, Hugging Face or nanoGPT (meta.pkl). None:
-    those beside the weights, else GPT-2's where the size is right."""
+    """gpt2, a run or data folder of gptjax, or a folder with tokenizer files of Hugging Face or
+    nanoGPT (meta.pkl). None: those beside the weights, else GPT-2's where the size is right."""
     optimizer: bool = True
     """Take over the state of nanoGPT's optimizer, so that training goes on."""
+    gelu: Literal["tanh", "erf"] = "erf"
+    """GELU form of a ckpt.pt: erf is nanoGPT's since 2023, tanh was its before. (A Hugging Face
+    folder says which it is.)"""
 
     def problems(self) -> list[str]:
         """Each setting that is out of range, in words."""
@@ -584,6 +571,11 @@ def main(argv: list[str]) -> None:
         parallel.use_platform("cpu")
         export(Path(named[0]), Path(named[1]), exporting)
         print(f"wrote {named[1]} ({exporting.format})")
+        if (Path(named[1]) / "meta.pkl").exists():
+            print(
+                "its ckpt.pt names this folder, where nanoGPT finds meta.pkl: if you move it, copy"
+                " meta.pkl to the data folder that nanoGPT looks in"
+            )
     else:
         raise UserError(f"import or export? {' | '.join(USAGE.splitlines())}")
 
@@ -592,16 +584,21 @@ def import_model(source: str, run_dir: Path, flags: ImportFlags) -> None:
     """Import, and say what came of it and what to do with it."""
     if checkpoint.newest_facts(run_dir):
         raise UserError(f"{run_dir} holds a run already; name another folder")
-    model = read_model(source, optimizer=flags.optimizer)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file; name a folder")
+    model = read_model(source, flags)
     rows = model.config.model.vocab_size
     assert rows is not None
     tokenizer = find_tokenizer(flags.tokenizer, model.folder, rows)
     config = write_run(model, tokenizer, run_dir).model
+    spare = rows - tokenizer.n_vocab
+    padding = f", {spare} rows of the embedding taken for padding" if spare else ""
     state = f", step {model.step}, with its optimizer's state" if model.opt_state else ""
     print(
         f"imported {config.num_parameters():,} parameters ({config.n_layer} layers,"
         f" {config.n_head} heads, {config.n_embd} wide, block {config.block_size},"
-        f" {tokenizer.kind} tokenizer{state}) from {model.where}\n"
+        f" GELU's {config.gelu} form, {tokenizer.kind} tokenizer{padding}{state}) from"
+        f" {model.where}\n"
         f"sample: python generate_jax.py --run-dir {shlex.quote(str(run_dir))}"
     )
 

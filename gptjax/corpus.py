@@ -32,7 +32,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("GPTJAX_CACHE_DIR") or Path.home() / ".cache" / "gptjax")
 
 
-def find_files(source: str) -> list[Path]:
+def find_files(source: str | None) -> list[Path]:
     """The text files behind a source, in a fixed order.
 
     Raises:
@@ -42,7 +42,7 @@ def find_files(source: str) -> list[Path]:
         return _standard_library()
     if source == "shakespeare":
         return [_shakespeare()]
-    if source == "unknown":
+    if source is None:
         raise UserError(
             "the text that these weights were trained on is not known; name one to go on with:"
             " --data.source FILE, or --data.dir FOLDER"
@@ -153,11 +153,12 @@ def _decode(path: Path) -> Iterator[str]:
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:
-    number = 0
+    some = False
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
+            some = True
             try:
                 document = json.loads(line)
             except ValueError:  # UnicodeDecodeError is one
@@ -172,7 +173,7 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
                 )
             # JSON may spell half a surrogate pair, which no file can hold.
             yield text.encode("utf-8", "replace").decode()
-    if not number:
+    if not some:
         raise UserError(f"{path} is empty; expected one JSON object a line")
 
 

@@ -6,6 +6,7 @@ A prepared set is a folder: `train.bin` and `val.bin` (raw little-endian uint16,
 the vocabulary needs it, as nanoGPT's), `meta.json` and `tokenizer.json`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,10 +18,10 @@ import shutil
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -58,20 +59,27 @@ def prepare(
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder or delete it")
     files = find_files(config.source)
-    unfinished = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        _prepare_into(unfinished, config, files, console, tokenizer)
-        unfinished.chmod(0o755)
-        os.rename(unfinished, out)
+        with made_whole(out) as folder:
+            _prepare_into(folder, config, files, console, tokenizer)
     except OSError as error:
         if out.exists():
             return  # another process of this run has made the same set meanwhile
         raise RunError(f"cannot write {out}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def made_whole(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which takes its name when the block ends without an error and
+    goes away otherwise. OSError where it cannot."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        os.rename(unfinished, out)
     finally:
-        if unfinished:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _prepare_into(
@@ -86,7 +94,8 @@ def _prepare_into(
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         reading = progress.add_task("reading the text", total=size)
-        joint = "\n" if config.tokenizer == "char" else None
+        kind = given.kind if given else config.tokenizer
+        joint = "\n" if kind == "char" else None
         count, tokenizer = _survey(
             config, files, size, lambda n: progress.advance(reading, n), joint, given
         )
@@ -211,7 +220,7 @@ def _encode_in_order(
 
 def default_name(config: DataConfig) -> str:
     """NAME-TOKENIZER, the readable part of `default_dir`."""
-    name = f"{Path(config.source).stem or 'text'}-{config.tokenizer}"
+    name = f"{Path(config.source or '').stem or 'text'}-{config.tokenizer}"
     if config.tokenizer == "sentencepiece":
         name += str(config.sentencepiece_vocab_size)
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
@@ -229,6 +238,12 @@ def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
         asked.append(config.sentencepiece_vocab_size)
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
     return Path("data") / f"{default_name(config)}-{digest}"
+
+
+def is_made_with(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a prepared set is there that this very tokenizer made."""
+    there = folder.is_dir() and read_tokenizer(folder)
+    return bool(there and there.state() == tokenizer.state())
 
 
 # ---------------------------------------------------------------------------------- load
@@ -332,7 +347,10 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         with path.open("rb") as file:
             itos = _PlainUnpickler(file).load()["itos"]
-        return CharTokenizer("".join(itos[i] for i in range(len(itos))))
+        characters = [itos[i] for i in range(len(itos))]
+        if not all(isinstance(char, str) and len(char) == 1 for char in characters):
+            raise ValueError("its tokens are not single characters")
+        return CharTokenizer("".join(characters))
     except Exception as error:  # a pickle can fail in any way; none of them may pass
         raise UserError(f"{path} is not nanoGPT's plain meta.pkl: {error}") from None
 
@@ -375,27 +393,58 @@ def batch_at(
     return np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int32)
 
 
-def eval_starts(n_tokens: int, block_size: int, at_most: int | None) -> np.ndarray:
-    """Starts of the non-overlapping windows that cover a split; `at_most` takes evenly spaced
-    ones, the same at every evaluation."""
-    starts = np.arange(0, n_tokens - 1, block_size)
-    if at_most is None or at_most >= len(starts):
-        return starts
-    return starts[np.linspace(0, len(starts) - 1, at_most).astype(np.int64)]
+class Span(NamedTuple):
+    """Tokens [first, end) are predicted from the window [start, end)."""
+
+    start: int
+    end: int
+    first: int
+
+
+def spans(
+    n_tokens: int, block_size: int, *, stride: int | None = None, at_most: int | None = None
+) -> list[Span]:
+    """Windows of at most block_size + 1 tokens that predict every token but the first once.
+
+    `stride` is the distance of two windows, in [1, block_size]; None: block_size, they do not
+    overlap. Less gives all tokens but the first window's at least `block_size - stride` tokens of
+    context. `at_most` takes so many evenly spaced ones, always the same.
+    """
+    out, first = [], 1
+    for start in range(0, n_tokens - 1, stride or block_size):
+        end = min(start + block_size + 1, n_tokens)
+        if end > first:
+            out.append(Span(start, end, first))
+        first = end
+    if at_most is None or at_most >= len(out):
+        return out
+    return [out[int(i)] for i in np.linspace(0, len(out) - 1, at_most)]
 
 
 def windows_at(
-    tokens: np.ndarray, starts: np.ndarray, block_size: int, rows: int
+    tokens: np.ndarray, some: Sequence[Span], block_size: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [rows, block_size + 1] windows and float32 [rows, block_size] weights of their
-    targets: 0 past the end of the split, and in rows beyond `starts`."""
+    """int32 [rows, block_size + 1] windows and float32 [rows, block_size] weights: 1 for targets
+    that a span predicts, 0 for its context, past its end, and in rows beyond the spans."""
     windows = np.zeros((rows, block_size + 1), dtype=np.int32)
     weights = np.zeros((rows, block_size), dtype=np.float32)
-    for row, start in enumerate(starts):
-        piece = tokens[start : start + block_size + 1]
-        windows[row, : len(piece)] = piece
-        weights[row, : len(piece) - 1] = 1
+    for row, (start, end, first) in enumerate(some):
+        windows[row, : end - start] = tokens[start:end]
+        weights[row, first - start - 1 : end - start - 1] = 1
     return windows, weights
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int | None) -> None:
+    """JAX clamps an index out of range, without a word.
+
+    Raises:
+        RunError: an id is beyond the vocabulary.
+    """
+    if tokens.max() >= (vocab_size or 0):
+        raise RunError(
+            f"the data hold token id {tokens.max()}, beyond the vocabulary of {vocab_size};"
+            " the set is damaged, prepare it again"
+        )
 
 
 # ------------------------------------------------------------------------------- command

@@ -7,6 +7,11 @@ class UserError(Exception):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """The gist of another library's message."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 class RunError(UserError):
     """Work that began and could not be finished (full disk, non-finite loss)."""
 

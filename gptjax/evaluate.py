@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +27,7 @@ from gptjax import (
     tokenizers,
     train,
 )
+from gptjax.checkpoint import Facts
 from gptjax.config import LARGEST, DeviceKind, ModelConfig
 from gptjax.errors import UserError
 from gptjax.generate import bucket
@@ -35,6 +36,9 @@ from gptjax.tokenizers import Tokenizer
 
 ENDINGS = 4
 """HellaSwag's choices per sentence."""
+
+DECODED = 1 << 20
+"""Tokens that are turned into text at a time, to count characters."""
 
 
 class Text(NamedTuple):
@@ -55,7 +59,8 @@ def read_text(source: str, tokenizer: Tokenizer) -> Text:
     Raises:
         UserError: it cannot be read, or holds characters that the tokenizer does not know.
     """
-    pieces, joint = [], "\n" if tokenizer.eot is None else None
+    pieces: list[np.ndarray] = []
+    joint = "\n" if tokenizer.eot is None else None
     characters = size = 0
     for number, document in enumerate(corpus.read_documents(corpus.find_files(source))):
         if number:
@@ -64,72 +69,78 @@ def read_text(source: str, tokenizer: Tokenizer) -> Text:
         for piece in document:
             pieces.append(tokenizer.encode(piece))
             characters, size = characters + len(piece), size + len(piece.encode())
-    tokens = np.concatenate(pieces)
-    first = tokenizer.decode(tokens[:1])
-    return Text(tokens, characters - len(first), size - len(first.encode()))
+    return _predicted(np.concatenate(pieces), characters, size, tokenizer)
 
 
-def read_split(folder: Path, split: Literal["train", "val"], tokenizer: Tokenizer) -> Text:
+def read_split(
+    folder: Path, split: Literal["train", "val"], tokenizer: Tokenizer, fingerprint: str | None
+) -> Text:
     """A split of the run's own data.
 
     Raises:
-        UserError: the data are no longer there, or have another tokenizer.
+        UserError: the data are no longer there, or are others now.
     """
     if not folder.exists():
         raise UserError(f"the run's data are no longer at {folder}; name a text with --text")
     dataset = data.load(folder)
-    if dataset.tokenizer.state() != tokenizer.state():
-        raise UserError(f"{folder} was made with another tokenizer than the run's")
+    if dataset.fingerprint != fingerprint:
+        raise UserError(f"the tokens in {folder} are not those of the run; name a text with --text")
     tokens = getattr(dataset, split)
-    text = tokenizer.decode(tokens[1:].tolist())
-    return Text(tokens, len(text), len(text.encode()))
+    return _predicted(tokens, *_spelled(tokens, tokenizer), tokenizer)
 
 
-def windows_of(n_tokens: int, block_size: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first): predict tokens [first, end) from windows [start, end), so that each
-    token but the first is predicted once, and all but the first window's have at least
-    `block_size - stride` tokens before them."""
-    first = 1
-    for start in range(0, n_tokens - 1, stride):
-        end = min(start + block_size + 1, n_tokens)
-        if end > first:
-            yield start, end, first
-        first = end
+def _predicted(tokens: np.ndarray, characters: int, size: int, tokenizer: Tokenizer) -> Text:
+    """Less the first token's text, unless that ends with half a character."""
+    first = tokenizer.decode(tokens[:1].tolist()) if tokens[0] != tokenizer.eot else ""
+    first = "" if first.endswith("\ufffd") else first
+    return Text(tokens, characters - len(first), size - len(first.encode()))
 
 
-def text_loss(
+def _spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+    """(characters, bytes) of the text, without end-of-text tokens, a part at a time."""
+    characters = size = at = 0
+    while at < len(tokens):
+        end = min(at + DECODED, len(tokens))
+        while True:
+            part = tokens[at:end]
+            text = tokenizer.decode(part[part != tokenizer.eot].tolist())
+            # A character's bytes may be spread over tokens: do not cut it.
+            if end == len(tokens) or not text.endswith("\ufffd") or end - at > DECODED + 8:
+                break
+            end += 1
+        characters, size, at = characters + len(text), size + len(text.encode()), end
+    return characters, size
+
+
+def span_loss(
+    step: Callable[..., Any],
     params: Any,
     tokens: np.ndarray,
+    some: Sequence[data.Span],
     config: ModelConfig,
-    *,
-    stride: int,
     rows: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[float, int]:
     """(nats in all, tokens predicted).
 
     Args:
+        step: `train.eval_step` under `parallel.map_eval_step`.
         params: stacked over the devices, as `parallel.replicate` makes them.
-        stride: tokens from one window to the next, in [1, block_size]; block_size is the exact
-            loss over windows that do not overlap, less gives tokens more context.
+        some: of `data.spans`.
         rows: windows at a time, over all devices.
     """
-    step = parallel.map_eval_step(functools.partial(train.eval_step, config=config))
-    block = config.block_size
-    todo = list(windows_of(len(tokens), block, stride))
     mine = parallel.host_rows(rows)
     loss = count = 0.0
-    for at in range(0, len(todo), rows):
-        batch = np.zeros((rows, block + 1), np.int32)
-        weights = np.zeros((rows, block), np.float32)
-        for row, (start, end, first) in enumerate(todo[at : at + rows]):
-            batch[row, : end - start] = tokens[start:end]
-            weights[row, first - start - 1 : end - start - 1] = 1
-        share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (batch, weights))
+    for at in range(0, len(some), rows):
+        windows, weights = data.windows_at(tokens, some[at : at + rows], config.block_size, rows)
+        data.check_ids(windows, config.vocab_size)
+        share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (windows, weights))
         sums = step(params, *share)
+        # Wait for each: steps that do not depend on one another, in flight together, can starve
+        # XLA's CPU collectives of threads until they give up.
         got = parallel.fetch({"loss": sums[0], "count": sums[1]})
         loss, count = loss + got["loss"], count + got["count"]
-        progress(min(at + rows, len(todo)), len(todo))
+        progress(min(at + rows, len(some)), len(some))
     return loss, int(count)
 
 
@@ -154,7 +165,7 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Question]:
     """
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"cannot read {path}: {reason}") from None
@@ -163,8 +174,10 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Question]:
             continue
         try:
             row = json.loads(line)
-            context, endings, label = row["ctx"], row["endings"], int(row["label"])
-            if len(endings) != ENDINGS or not 0 <= label < ENDINGS or not context:
+            context, endings, label = row["ctx"], row["endings"], int(str(row["label"]))
+            if not isinstance(endings, list) or len(endings) != ENDINGS:
+                raise ValueError
+            if not 0 <= label < ENDINGS or not context:
                 raise ValueError
             encoded = tuple(tokenizer.encode(" " + ending) for ending in endings)
             questions.append(Question(tokenizer.encode(context), encoded, label))
@@ -199,7 +212,17 @@ def hellaswag_losses(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:
     """float64 [questions, 4]: nats of each ending after its context. Where both do not fit the
-    block, the context loses its beginning."""
+    block, the context loses its beginning.
+
+    Raises:
+        UserError: an ending alone does not fit the block.
+    """
+    too_long = [e for q in questions for e in q.endings if len(e) > config.block_size]
+    if too_long:
+        raise UserError(
+            f"{len(too_long)} endings are longer than the model's block_size {config.block_size}"
+            f" (the longest has {max(map(len, too_long))} tokens)"
+        )
     step = parallel.map_eval_step(functools.partial(row_losses, config=config))
     texts = [(q.context, ending) for q in questions for ending in q.endings]
     longest = config.block_size + 1
@@ -225,8 +248,8 @@ def hellaswag_losses(
 
 
 def accuracies(losses: np.ndarray, questions: list[Question]) -> tuple[float, float]:
-    """(share of questions whose likeliest ending is the right one, the same by likelihood per
-    token of the ending)."""
+    """(acc, acc_norm): the share of questions whose likeliest ending is the right one, and the same
+    by likelihood per token of the ending."""
     labels = np.array([q.label for q in questions])
     lengths = np.array([[len(ending) for ending in q.endings] for q in questions])
     plain, normalised = losses.argmin(-1), (losses / lengths).argmin(-1)
@@ -251,8 +274,10 @@ class EvaluateFlags:
     takes longer and gives tokens more context."""
     checkpoint: str = "best"
     """best (lowest validation loss), latest, or a step."""
-    batch_size: int = 8
-    """Windows at a time, over all devices."""
+    batch_size: int | None = None
+    """Windows at a time, over all devices. None: 8, or more where there are more devices."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What to compute in; float32 is at the highest precision of matrix products."""
     device: DeviceKind = "auto"
     """Kind of device to run on."""
     num_devices: int | None = None
@@ -263,6 +288,7 @@ class EvaluateFlags:
         out = []
         if sum(value is not None for value in (self.text, self.split, self.hellaswag)) != 1:
             out.append("on what? give one of --text, --split and --hellaswag")
+        out += [f"--{name} is empty" for name in ("text", "hellaswag") if getattr(self, name) == ""]
         for name in ("stride", "batch_size", "num_devices"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < LARGEST:
@@ -276,57 +302,79 @@ def main(argv: list[str]) -> None:
     if not named:
         raise UserError("which run? python -m gptjax.evaluate RUN_DIR")
     run_dir = Path(named[0])
-    facts = checkpoint.newest_facts(run_dir)
-    size = facts.config.model.num_parameters(embeddings=False) if facts else 0
-    parallel.start(flags.device, flags.num_devices, size, flags.batch_size)
+    newest = checkpoint.newest_facts(run_dir)
+    size = newest.config.model.num_parameters(embeddings=False) if newest else 0
+    parallel.start(flags.device, flags.num_devices, size, flags.batch_size or 8)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
     devices = parallel.device_count()
-    if flags.batch_size % devices:
-        raise UserError(f"--batch-size {flags.batch_size} does not divide over {devices} devices")
+    rows = flags.batch_size or -(-8 // devices) * devices
+    if rows % devices:
+        raise UserError(f"--batch-size {rows} does not divide over {devices} devices")
 
-    step, facts, params = checkpoint.load(run_dir, flags.checkpoint, parallel.one_per_host())
-    config = facts.config.model
-    stride = flags.stride or config.block_size
-    if stride > config.block_size:
-        raise UserError(f"--stride {stride} exceeds the block_size {config.block_size}")
+    step, facts, params, _ = checkpoint.load(run_dir, flags.checkpoint, parallel.one_per_host())
+    config = dataclasses.replace(facts.config.model, dtype=flags.precision)
+    if flags.stride and flags.stride > config.block_size:
+        raise UserError(f"--stride {flags.stride} exceeds the block_size {config.block_size}")
     tokenizer = tokenizers.from_json(facts.tokenizer, named[0])
-    where = f"{run_dir}, step {step}"
-    if flags.hellaswag:
-        questions = read_hellaswag(Path(flags.hellaswag), tokenizer)
-        losses = hellaswag_losses(
-            parallel.replicate(params), questions, config, rows=flags.batch_size, progress=_progress
-        )
-        plain, normalised = accuracies(losses, questions)
-        say = (
-            f"{where} on {flags.hellaswag}: {len(questions):,} questions\n"
-            f"accuracy                 {plain:.4f}\n"
-            f"accuracy, per token      {normalised:.4f}"
-        )
-    else:
-        if flags.text:
-            text = read_text(flags.text, tokenizer)
-        elif facts.config.data.dir is None:
-            raise UserError(f"{run_dir} has no data of its own; name a text with --text")
-        else:
-            assert flags.split is not None
-            text = read_split(Path(facts.config.data.dir), flags.split, tokenizer)
-        if len(text.tokens) < 2:
-            raise UserError("the text is one token; nothing can be predicted in it")
-        loss, count = text_loss(
-            parallel.replicate(params), text.tokens, config, stride=stride, rows=flags.batch_size,
-            progress=_progress,
-        )  # fmt: skip
-        bits = loss / math.log(2)
-        say = (
-            f"{where} on {flags.text or f'the {flags.split} split'}: {count:,} tokens predicted in"
-            f" windows of {config.block_size}, {stride} apart\n"
-            f"loss                {loss / count:.4f} nats per token\n"
-            f"perplexity          {math.exp(min(700.0, loss / count)):.4f}\n"
-            f"bits per character  {bits / text.characters:.4f}\n"
-            f"bits per byte       {bits / text.bytes:.4f}"
-        )
+    highest = "highest" if flags.precision == "float32" else "default"
+    on = _on_hellaswag if flags.hellaswag else _on_text
+    with jax.default_matmul_precision(highest):
+        what, numbers = on(parallel.replicate(params), facts, config, tokenizer, flags, rows)
     if parallel.is_main_host():
-        print(say)
+        print(f"{run_dir}, step {step}, in {flags.precision}, on {what}\n{numbers}")
+
+
+def _on_text(
+    params: Any,
+    facts: Facts,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    flags: EvaluateFlags,
+    rows: int,
+) -> tuple[str, str]:
+    """(what was evaluated, the numbers)."""
+    folder = facts.config.data.dir
+    if flags.text:
+        text = read_text(flags.text, tokenizer)
+    elif folder is None:
+        raise UserError("these weights have no data of their own; name a text with --text")
+    else:
+        split = flags.split or "val"
+        text = read_split(Path(folder), split, tokenizer, facts.data_fingerprint)
+    stride = flags.stride or config.block_size
+    some = data.spans(len(text.tokens), config.block_size, stride=stride)
+    if not some or not text.characters:
+        raise UserError("the text is one token; nothing can be predicted in it")
+    step = parallel.map_eval_step(functools.partial(train.eval_step, config=config))
+    loss, count = span_loss(step, params, text.tokens, some, config, rows, _progress)
+    bits = loss / math.log(2)
+    return (
+        f"{flags.text or f'the {flags.split} split'}: {count:,} tokens predicted in windows of"
+        f" {config.block_size}, {stride} apart",
+        f"loss                {loss / count:.4f} nats per token\n"
+        f"perplexity          {math.exp(min(700.0, loss / count)):.4f}\n"
+        f"bits per character  {bits / text.characters:.4f}\n"
+        f"bits per byte       {bits / text.bytes:.4f}",
+    )
+
+
+def _on_hellaswag(
+    params: Any,
+    facts: Facts,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    flags: EvaluateFlags,
+    rows: int,
+) -> tuple[str, str]:
+    """(what was evaluated, the numbers)."""
+    questions = read_hellaswag(Path(flags.hellaswag or ""), tokenizer)
+    losses = hellaswag_losses(params, questions, config, rows=rows, progress=_progress)
+    acc, acc_norm = accuracies(losses, questions)
+    return (
+        f"{flags.hellaswag}: {len(questions):,} questions",
+        f"acc                 {acc:.4f}\n"
+        f"acc_norm            {acc_norm:.4f}  (by likelihood per token of the ending)",
+    )
 
 
 def _progress(done: int, total: int) -> None:

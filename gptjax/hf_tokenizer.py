@@ -1,7 +1,9 @@
 """Our tokenizers as Hugging Face's files, and back.
 
-`transformers.AutoTokenizer` loads what `write` leaves: the same ids for the same text, and the same
-text for the same ids.
+`transformers.AutoTokenizer` loads what `write` leaves: the same ids for a text, and the text for
+its ids. Two things are theirs: a text that spells a control token (<|endoftext|>, </s>) gets that
+token's id, where ours spells it out; and an exported SentencePiece model has no exact spelling of
+U+2581 and NUL.
 """
 
 import itertools
@@ -9,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, first_line
 from gptjax.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
@@ -26,6 +28,12 @@ CHARACTERS = {
     "type": "Split", "pattern": {"String": ""}, "behavior": "Isolated", "invert": False,
 }  # fmt: skip
 """The pre-tokenizer that splits a text into its characters."""
+
+
+BPE_OPTIONS = (
+    "dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
+)  # fmt: skip
+"""What GPT-2's byte-pair encoding does without."""
 
 
 def _byte_characters() -> dict[int, str]:
@@ -173,13 +181,15 @@ def read(folder: Path) -> Tokenizer | None:
     """
     try:
         if (folder / "tokenizer.model").is_file():
-            return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            return _sentencepiece((folder / "tokenizer.model").read_bytes())
+        path = folder / "tokenizer.json"
+        if not path.is_file() and (folder / "vocab.json").is_file():
             vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            more = folder / "added_tokens.json"
+            added = json.loads(more.read_text(encoding="utf-8")) if more.is_file() else {}
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-            return _gpt2(vocab, merges)
-        path = folder / "tokenizer.json"
+            return _gpt2(vocab | added, merges)
         if not path.is_file():
             return None
         whole = json.loads(path.read_text(encoding="utf-8"))
@@ -189,7 +199,12 @@ def read(folder: Path) -> Tokenizer | None:
             ids = sorted(model["vocab"].values())
             if ids == list(range(len(ids))) and all(len(char) == 1 for char in characters):
                 return CharTokenizer("".join(characters))
-        if whole["normalizer"] is None and model["type"] == "BPE" and _is_byte_level(splitter):
+        plain = not any(model.get(name) for name in BPE_OPTIONS)
+        after = whole.get("post_processor") or {"type": "ByteLevel"}
+        # A template without special tokens adds nothing.
+        plain &= after["type"] in ("ByteLevel", "TemplateProcessing")
+        plain &= whole["normalizer"] is None and not after.get("special_tokens")
+        if plain and model["type"] == "BPE" and _is_byte_level(splitter):
             added = {token["content"]: token["id"] for token in whole["added_tokens"]}
             merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
             return _gpt2(model["vocab"] | added, merges)
@@ -199,8 +214,22 @@ def read(folder: Path) -> Tokenizer | None:
     ) as error:  # fmt: skip  # RecursionError is a RuntimeError
         raise UserError(
             f"the tokenizer in {folder} is damaged, or not char, GPT-2's or SentencePiece's"
-            f" ({_first_line(error)}); name another with --tokenizer"
+            f" ({first_line(error)}); name another with --tokenizer"
         ) from None
+
+
+def _sentencepiece(model: bytes) -> SentencePieceTokenizer:
+    """Raises ValueError if it is not one that gives every text back, as ours do."""
+    tokenizer = SentencePieceTokenizer(model)
+    pieces = {tokenizer.piece(i) for i in range(tokenizer.n_vocab)}
+    probe = "  The  cat\n\tsat \u00e9\u4e2d\ufb01\U0001f600 "
+    if (
+        tokenizer.eot < 0
+        or "\n" not in pieces
+        or tokenizer.decode(tokenizer.encode(probe)) != probe
+    ):
+        raise ValueError("a SentencePiece model that changes the text")
+    return tokenizer
 
 
 def _is_byte_level(splitter: dict[str, Any]) -> bool:
@@ -223,10 +252,9 @@ def _gpt2(vocab: dict[str, int], merges: list[list[str]]) -> Gpt2Tokenizer:
     for number, pair in enumerate(merges):
         if vocab.get("".join(pair)) != first + number or len(pair) != 2:
             raise ValueError(f"merge {number + 1} does not make id {first + number}")
-    return Gpt2Tokenizer(
+    tokenizer = Gpt2Tokenizer(
         {bytes(_BYTE[c] for c in token): i for token, i in vocab.items() if token != END_OF_TEXT}
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    if _gpt2_tables(tokenizer)[1] != [tuple(pair) for pair in merges]:
+        raise ValueError("merging in the order of its ids makes other pieces")
+    return tokenizer

@@ -49,13 +49,13 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def adam_state(config: TrainConfig, params: Any, count: Any, mu: Any, nu: Any) -> Any:
-    """The state of `optimizer` after `count` updates, from Adam's moments (trees like `params`)."""
-    empty = jax.eval_shape(optimizer(config).init, params)
+def adam_state(config: TrainConfig, count: Any, mu: Any, nu: Any) -> Any:
+    """The state of `optimizer` after `count` updates, from Adam's moments (trees like the
+    parameters)."""
+    empty = jax.eval_shape(optimizer(config).init, mu)
     return optax.tree.set(empty, count=count, mu=mu, nu=nu)
 
 
-def adam_parts(opt_state: Any) -> tuple[Any, Any, Any]:
+def adam_parts(opt_state: Any) -> tuple[Any, ...]:
     """(count, mu, nu): the inverse of `adam_state`."""
-    count, mu, nu = (optax.tree.get(opt_state, name) for name in ("count", "mu", "nu"))
-    return count, mu, nu
+    return tuple(optax.tree.get(opt_state, name) for name in ("count", "mu", "nu"))

@@ -54,32 +54,45 @@ class Reference:
     def gradients(self) -> dict[str, np.ndarray]:
         """Of the last backward pass, by parameter."""
         gradients = {name: parameter.grad for name, parameter in self.parameters().items()}
-        return {name: grad.numpy() for name, grad in gradients.items() if grad is not None}
+        return {n: grad.numpy().copy() for n, grad in gradients.items() if grad is not None}
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Those that are trained, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
-    def trainer(self, config: TrainConfig) -> Callable[[int, np.ndarray], float]:
-        """(step, windows) -> the loss before that step's AdamW update, with a fresh optimizer."""
+    def optimizer(self, config: TrainConfig) -> Callable[[int], None]:
+        """A fresh AdamW: step -> update by the gradients of the last backward pass."""
         adamw = torch_gpt.adamw(
             self.model, learning_rate=config.learning_rate, betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )  # fmt: skip
         trained = list(self.parameters().values())
 
-        def step(number: int, windows: np.ndarray) -> float:
+        def update(step: int) -> None:
             for group in adamw.param_groups:
-                group["lr"] = learning_rate(config, number)
-            adamw.zero_grad()
-            loss = self.loss(windows)
-            loss.backward()
+                group["lr"] = learning_rate(config, step)
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(trained, config.grad_clip)
             adamw.step()
-            return loss.item()
 
-        return step
+        return update
+
+    def backward(self, windows: np.ndarray) -> float:
+        """The loss of windows [B, T + 1], whose gradients replace those before."""
+        self.model.zero_grad()
+        loss = self.loss(windows)
+        loss.backward()
+        return loss.item()
+
+    def values(self) -> dict[str, np.ndarray]:
+        """Copies of the trained parameters, by name."""
+        return {name: p.detach().numpy().copy() for name, p in self.parameters().items()}
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, np.ndarray]) -> None:
+        """Put back what `values` gave."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(torch.from_numpy(values[name]))
 
     def activations(self, tokens: torch.Tensor) -> dict[str, np.ndarray]:
         """The outputs of the embedding and of every part of every block, by name."""

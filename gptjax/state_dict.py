@@ -23,7 +23,7 @@ HEAD = "lm_head.weight"
 # Read as they are; every value of them is a float32 too.
 FLOATS = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # The causal mask, which older files carry along; torch.compile's and DataParallel's wrappers.
-_BUFFER = re.compile(r"transformer\.h\.(\d+)\.attn\.(bias|masked_bias)")
+_BUFFER = re.compile(r"transformer\.h\.(\d{1,9})\.attn\.(bias|masked_bias)")
 _WRAPPER = re.compile(r"^(_orig_mod\.|module\.)+")
 # How many names one error lists.
 NAMED = 5
@@ -106,7 +106,9 @@ def from_torch(tensors: Tensors, config: ModelConfig, layout: Layout, where: str
         UserError: keys that are missing, left over, duplicate or wrongly shaped (by name), tensors
             that are not floating-point or not finite, a tied head unlike its embedding.
     """
-    names = _resolve(tensors.names(), config, where)
+    names = _resolve(tensors.names(), where)
+    for name in [name for name in names if _BUFFER.fullmatch(name)]:
+        _check_buffer(tensors, name, names.pop(name), config, where)
     if config.n_layer > len(names):
         raise UserError(f"{where} holds {len(names)} tensors: too few for {config.n_layer} layers")
     wanted = places(config, layout)
@@ -153,21 +155,33 @@ def from_torch(tensors: Tensors, config: ModelConfig, layout: Layout, where: str
     return params
 
 
-def _resolve(found: Iterable[str], config: ModelConfig, where: str) -> dict[str, str]:
-    """Our spelling of every name -> the file's, without the causal masks."""
+def _resolve(found: Iterable[str], where: str) -> dict[str, str]:
+    """Our spelling of every name -> the file's."""
     names: dict[str, str] = {}
     for name in found:
         plain = _WRAPPER.sub("", name)
         if plain != HEAD and not plain.startswith(PREFIX):
             plain = PREFIX + plain
-        mask = _BUFFER.fullmatch(plain)
-        if mask and int(mask[1]) < config.n_layer:
-            continue
         if plain in names:
             other = f" and {names[plain]}" if names[plain] != name else ""
             raise UserError(f"{where} holds {name}{other} twice")
         names[plain] = name
     return names
+
+
+def _check_buffer(
+    tensors: Tensors, name: str, spelled: str, config: ModelConfig, where: str
+) -> None:
+    """What older files carry along must be what we compute anyway: a causal mask and its fill."""
+    found = _BUFFER.fullmatch(name)
+    assert found is not None
+    shape = tensors.shape(spelled)
+    causal = shape[:2] == (1, 1) and len(shape) == 4 and shape[2] == shape[3]
+    if found[2] == "bias" and causal:
+        mask = np.asarray(tensors.read(spelled), np.float32)[0, 0] != 0
+        causal = np.array_equal(mask, np.tri(len(mask), dtype=bool))
+    if int(found[1]) >= config.n_layer or (found[2] == "bias" and not causal):
+        raise UserError(f"{where}: {spelled} {list(shape)} is not a causal mask of this model")
 
 
 def _listed(kind: str, names: list[str]) -> str:

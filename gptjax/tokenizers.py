@@ -1,6 +1,7 @@
 """Text to token ids and back: char, gpt2 and sentencepiece behind one protocol."""
 
 import base64
+import hashlib
 import io
 import json
 import re
@@ -16,6 +17,9 @@ from gptjax.config import TokenizerKind
 from gptjax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+
+GPT2_SHA256 = "50fa6e3913609e5a8339bb9d9b90931b8272ced6502789605af2b4e9576fea4d"
+"""Of GPT-2's pieces, end to end in the order of their ids."""
 
 
 class Tokenizer(Protocol):
@@ -76,7 +80,7 @@ class CharTokenizer:
         raise UserError(
             f"the character {text[where]!r} (U+{ord(text[where]):04X}, at offset {where}) is not"
             f" among the {self.n_vocab} this tokenizer was built from; remove it"
-            " or leave such characters out with --unknown skip"
+            " (generate_jax.py leaves such characters out with --unknown skip)"
         )
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -115,6 +119,12 @@ class Gpt2Tokenizer:
             mergeable_ranks=ranks,
             special_tokens={END_OF_TEXT: self.eot},
         )
+
+    @property
+    def is_gpt2s_own(self) -> bool:
+        """False for another byte-pair encoding of GPT-2's kind."""
+        pieces = b"".join(sorted(self.ranks, key=lambda piece: self.ranks[piece]))
+        return hashlib.sha256(pieces).hexdigest() == GPT2_SHA256
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         # encode_ordinary: "<|endoftext|>" inside a text is text, not a control token.

@@ -34,7 +34,10 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
 
 
-def _loss(params: Params, windows: jax.Array, key: jax.Array, config: ModelConfig) -> jax.Array:
+def loss(
+    params: Params, windows: jax.Array, config: ModelConfig, key: jax.Array | None = None
+) -> jax.Array:
+    """float32 []: mean nats per target of int windows [b, T + 1]; with `key`, under dropout."""
     logits, _ = apply(config, params, windows[:, :-1], dropout_key=key)
     return cross_entropy(logits, windows[:, 1:]).mean()
 
@@ -63,11 +66,11 @@ def train_step(
 
     def micro(index: jax.Array | int, windows: jax.Array) -> tuple[jax.Array, Any]:
         micro_key = jax.random.fold_in(key, index)
-        return jax.value_and_grad(_loss)(state.params, windows, micro_key, config.model)
+        return jax.value_and_grad(loss)(state.params, windows, config.model, micro_key)
 
     steps = batch.shape[0]
     if steps == 1:
-        loss, grads = micro(0, batch[0])
+        mean_loss, grads = micro(0, batch[0])
     else:
 
         def accumulate(total: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
@@ -75,19 +78,23 @@ def train_step(
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         total, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(steps), batch))
-        loss, grads = jax.tree.map(lambda x: x / steps, total)
+        mean_loss, grads = jax.tree.map(lambda x: x / steps, total)
     if axis_name is not None:
-        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        mean_loss, grads = jax.lax.pmean((mean_loss, grads), axis_name)
+    metrics = {
+        "train_loss": mean_loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": optim.learning_rate(config, state.step),
+    }
+    return apply_gradients(state, grads, config), metrics
 
+
+def apply_gradients(state: TrainState, grads: Params, config: TrainConfig) -> TrainState:
+    """The optimizer's part of a step."""
     updates, opt_state = optim.optimizer(config).update(grads, state.opt_state, state.params)
     rate = optim.learning_rate(config, state.step)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-    metrics = {
-        "train_loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "learning_rate": rate,
-    }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    return TrainState(state.step + 1, params, opt_state)
 
 
 def eval_step(

@@ -1,5 +1,6 @@
 """Files of tensors: safetensors, and PyTorch's own, read without running anything in them."""
 
+import errno
 import importlib
 import json
 import pickle
@@ -14,7 +15,7 @@ import numpy as np
 import safetensors
 
 from gptjax import state_dict
-from gptjax.errors import UserError
+from gptjax.errors import RunError, UserError, first_line
 
 INDEX = "model.safetensors.index.json"
 
@@ -28,6 +29,10 @@ class SafetensorsFiles:
         self._names: list[str] = []
         for path in files:
             names = self._open(path).keys()
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                # The library keeps the last of two tensors of one name.
+                _parse(file.read(size).decode(), path)
             self._names += names
             self._at |= dict.fromkeys(names, path)
 
@@ -42,8 +47,7 @@ class SafetensorsFiles:
         return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
-        file = self._open(self._at[name])
-        return tuple(file.get_slice(name).get_shape())
+        return tuple(self._open(self._at[name]).get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         try:
@@ -107,7 +111,8 @@ def load_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asks = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {asks[1]}" if asks else first_line(error)
+        # The library's own words advise to run it all the same.
+        what = f"it asks for {asks[1]}" if asks else "it is not what torch.save writes"
         raise UserError(
             f"{path} is damaged or holds more than tensors and plain values ({what});"
             " it was not run"
@@ -120,15 +125,28 @@ def load_torch_file(path: Path) -> Any:
         raise UserError(f"{path} is damaged: {first_line(error)}") from None
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not JSON: it is not UTF-8") from None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    """A JSON object, none of whose keys comes twice."""
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{path} names {twice!r} twice")
+        return found
+
+    try:
+        found = json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {first_line(error)}") from None
     if not isinstance(found, dict):
@@ -191,6 +209,8 @@ def download(name: str) -> Path:
         try:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small + weights))
         except Exception as error:  # of the HTTP library, the Hub's own, or the file system's
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise RunError(f"no room left on the disk for {name}") from None
             raise UserError(
                 f"{name!r} is no file or folder here, and could not be fetched from the Hugging"
                 f" Face Hub ({type(error).__name__}); check the name and the network, or download"

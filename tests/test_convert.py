@@ -247,7 +247,7 @@ def test_no_config_json_raises_anything_but_a_user_error(good, changes, text):
     try:
         changed = json.dumps(json.loads(keep) | changes)
         path.write_text(changed if text is None else text, encoding="utf-8", errors="replace")
-        convert.read_model(str(good))
+        convert.read_model(str(good), ImportFlags())
     except UserError as error:
         assert str(good) in str(error)
     finally:
@@ -350,7 +350,7 @@ def test_training_goes_on_from_nanogpt_as_torch_does(tmp_path, bias, prefix, dec
     assert loaded.step == 3 and settings.batch_size == 8
     assert_same_logits(our_logits(loaded), their_logits(theirs.net))
 
-    opt_state = convert.load_optimizer(tmp_path / "run", loaded)
+    opt_state = checkpoint.load(tmp_path / "run", "best", optimizer=True).opt_state
     state = train.TrainState(jax.numpy.int32(loaded.step), loaded.params, opt_state)
     step_once = jax.jit(lambda state, batch: train.train_step(state, batch, settings))
     for step in range(3, 6):
@@ -561,7 +561,7 @@ def test_hugging_face_round_trips_are_bitwise_and_keep_the_architecture(tmp_path
 def random_state(wanted, params):
     first, second = random_params(wanted.model, 1), random_params(wanted.model, 2)
     count = np.asarray(7, np.int32)
-    return convert.optim.adam_state(wanted, params, count, first, jax.tree.map(np.abs, second))
+    return convert.optim.adam_state(wanted, count, first, jax.tree.map(np.abs, second))
 
 
 NANO_ROUND = {
@@ -580,7 +580,7 @@ def test_nanogpt_round_trips_are_bitwise_with_the_optimizers_state(tmp_path, mod
     assert again.step == loaded.step == 7
     assert_bitwise(again.params, loaded.params)
     before, after = (
-        convert.load_optimizer(tmp_path / name, run)
+        checkpoint.load(tmp_path / name, "best", optimizer=True).opt_state
         for name, run in (("run", loaded), ("again", again))
     )
     assert jax.tree.structure(before) == jax.tree.structure(after)
@@ -782,11 +782,11 @@ def imported(tmp_path):
     return theirs
 
 
-FEW = "--sample-tokens 0 --num-devices 1 --eval-full-split"
+FEW = "--sample-tokens 0 --eval-full-split --batch-size 4"
 
 
 def settings_of(*argv):
-    return train_jax.adopt_origin(train_jax.read_settings([*map(str, argv)]))[0]
+    return train_jax.read_settings([*map(str, argv)])[0]
 
 
 def losses(run_dir):
@@ -815,7 +815,7 @@ def test_an_imported_run_needs_a_text_then_counts_on(imported, command, tmp_path
     flags = f"--run-dir run --data.source text.txt --max-steps 4 {FEW}".split()
     result = command(TRAIN, *flags)
     assert result.returncode == 0, result.stderr
-    assert "resumed at step 2" in result.stdout
+    assert "(imported, at step 2)" in result.stdout
     with checkpoint.Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.latest_step == 4
         assert checkpoints.facts(4).data_fingerprint
@@ -823,7 +823,9 @@ def test_an_imported_run_needs_a_text_then_counts_on(imported, command, tmp_path
 
 def test_new_runs_start_from_imported_weights_with_a_cropped_block(imported, command, tmp_path):
     flags = f"--init-from run --run-dir new --data.source text.txt --model.block-size 8 {FEW}"
-    result = command(TRAIN, *flags.split(), "--max-steps", 2)
+    # On two devices: nothing may wake JAX before they are made.
+    result = command(TRAIN, *flags.split(), "--max-steps", 2, "--num-devices", 2)
+    assert "from" in result.stdout and "2 x cpu" in result.stdout
     assert result.returncode == 0, result.stderr
     expected = torch_val_loss(imported.net, tmp_path / "new", 8)
     assert losses(tmp_path / "new")[0] == pytest.approx(expected, rel=1e-5)
@@ -851,3 +853,34 @@ def test_another_architecture_than_the_weights_is_refused_by_name(imported, tmp_
             settings_of("--init-from", "run", "--run-dir", "new", *flags.split())
     with pytest.raises(UserError, match="no run in nowhere"):
         settings_of("--init-from", "nowhere", "--run-dir", "new")
+
+
+def test_a_tokenizer_far_smaller_than_the_embedding_is_refused(tmp_path):
+    gpt2(n_layer=1, n_embd=4, vocab_size=2000).save_pretrained(tmp_path / "model")
+    write_chars(tmp_path / "model")
+    with pytest.raises(UserError, match="has 23 ids, but the model knows 2000"):
+        bring(tmp_path / "model", tmp_path / "run")
+
+
+def test_rows_taken_for_padding_are_told(tmp_path, capsys):
+    gpt2(n_layer=1, n_embd=4, vocab_size=64).save_pretrained(tmp_path / "model")
+    write_chars(tmp_path / "model")
+    bring(tmp_path / "model", tmp_path / "run")
+    assert "41 rows of the embedding taken for padding" in capsys.readouterr().out
+
+
+def test_settings_that_we_refuse_do_not_keep_good_weights_out(tmp_path, capsys):
+    folder = Nano(NANO).save(tmp_path / "nano")
+    saved = torch.load(folder / "ckpt.pt")
+    saved["config"] |= {"learning_rate": 3e-5, "min_lr": 6e-5}
+    torch.save(saved, folder / "ckpt.pt")
+    loaded = bring(folder, tmp_path / "run", optimizer=False)
+    assert "min_lr 6e-05 is above learning_rate 3e-05" in capsys.readouterr().out
+    assert loaded.facts.config.learning_rate == config.FINETUNE.learning_rate
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="no model at 'runs/gtp2'"):
+        convert.read_model("runs/gtp2", ImportFlags())

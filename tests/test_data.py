@@ -334,22 +334,28 @@ def test_batches_cover_the_text_evenly_to_its_last_token():
     assert abs(chi_square - 983) < 5 * np.sqrt(2 * 983)
 
 
-@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7))
-def test_validation_windows_cover_every_target_exactly_once(n, block, rows):
+@given(st.integers(2, 300), st.integers(1, 40), st.integers(1, 7), st.data())
+def test_windows_cover_every_target_exactly_once_with_the_context_of_the_stride(
+    n, block, rows, drawn
+):
     tokens = np.arange(n)
-    starts = data.eval_starts(n, block, None)
+    stride = drawn.draw(st.integers(1, block))
+    some = data.spans(n, block, stride=stride)
+    for start, end, first in some:
+        assert end - start <= block + 1 and start < first < end
+        assert start == 0 or first - start > block - stride
     targets = []
-    for first in range(0, len(starts), rows):
-        windows, weights = data.windows_at(tokens, starts[first : first + rows], block, rows)
+    for at in range(0, len(some), rows):
+        windows, weights = data.windows_at(tokens, some[at : at + rows], block, rows)
         assert windows.shape == (rows, block + 1) and weights.shape == (rows, block)
         targets += windows[:, 1:][weights > 0].tolist()
     assert targets == list(range(1, n))
 
 
 def test_fewer_windows_are_evenly_spaced_and_always_the_same():
-    starts = data.eval_starts(100_001, 10, 5)
-    assert starts.tolist() == [0, 24990, 49990, 74990, 99990]
-    assert data.eval_starts(51, 10, 99).tolist() == [0, 10, 20, 30, 40]
+    few = data.spans(100_001, 10, at_most=5)
+    assert [span.start for span in few] == [0, 24990, 49990, 74990, 99990]
+    assert [span.start for span in data.spans(51, 10, at_most=99)] == [0, 10, 20, 30, 40]
 
 
 def test_the_command_prepares_and_says_how_to_train(command, text_file, tmp_path):

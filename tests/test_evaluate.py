@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, TEXT, assert_one_clear_line, command_environment
 
-from gptjax import evaluate, model, parallel, state_dict, torch_gpt
+from gptjax import data, evaluate, model, parallel, state_dict, torch_gpt, train
 from gptjax.config import ModelConfig
 from gptjax.errors import UserError
 from gptjax.evaluate import Question
@@ -55,22 +55,12 @@ def test_the_loss_is_pytorchs_with_the_context_that_the_stride_leaves(stride):
         # The first window that reaches the target.
         start = max(0, math.ceil((target - 12) / stride)) * stride
         expected += torch_nats(TOKENS[start:target], TOKENS[target])
-    loss, count = evaluate.text_loss(
-        parallel.replicate(weights()), TOKENS, CONFIG, stride=stride, rows=16
-    )
+    some = data.spans(len(TOKENS), 12, stride=stride)
+    step = parallel.map_eval_step(functools.partial(train.eval_step, config=CONFIG))
+    stacked = parallel.replicate(weights())
+    loss, count = evaluate.span_loss(step, stacked, TOKENS, some, CONFIG, 16)
     assert count == 100
     assert loss == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("n_tokens", [2, 12, 13, 14, 24, 25, 26, 100])
-@pytest.mark.parametrize("stride", [1, 5, 11, 12])
-def test_every_token_but_the_first_is_predicted_once_with_enough_context(n_tokens, stride):
-    predicted = []
-    for start, end, first in evaluate.windows_of(n_tokens, 12, stride):
-        assert end - start <= 13 and start < first < end
-        assert start == 0 or first - start > 12 - stride
-        predicted += range(first, end)
-    assert predicted == list(range(1, n_tokens))
 
 
 def test_characters_and_bytes_are_those_of_what_is_predicted(tmp_path):
@@ -88,7 +78,7 @@ def test_characters_and_bytes_are_those_of_what_is_predicted(tmp_path):
 
 ROWS = [
     ("That cat", ["is on.", "A", "dog dog dog", "é"], 0),
-    ("A much longer context than the block", ["ends", "e", "b b", "longer than the block is"], 3),
+    ("A much longer context than the block", ["ends", "e", "b b", "long enough"], 3),
     ("I", ["a", "b", "c", "d"], 2),
 ]
 
@@ -118,6 +108,12 @@ def test_hellaswag_endings_have_pytorchs_likelihood_and_decide_as_it_does(hellas
         normalised += min(range(4), key=lambda j: expected[i, j] / lengths[j]) == label
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert evaluate.accuracies(losses, questions) == (plain / 3, normalised / 3)
+
+
+def test_an_ending_longer_than_the_block_is_refused():
+    questions = [Question(TOKENS[:3], (TOKENS[:2], TOKENS[:13], TOKENS[:12], TOKENS[:20]), 0)]
+    with pytest.raises(UserError, match=r"2 endings are longer .* 12 \(the longest has 20 tokens"):
+        evaluate.hellaswag_losses(parallel.replicate(weights()), questions, CONFIG, rows=8)
 
 
 def test_the_likelier_ending_need_not_be_the_likelier_per_token():
@@ -189,10 +185,11 @@ def test_a_text_on_any_number_of_devices_and_hellaswag(run, command, tmp_path):
                 "--num-devices", n).stdout for n in (1, 4)
     }  # fmt: skip
     assert len(said) == 1 and "999 tokens predicted in windows of 16, 4 apart" in said.pop()
-    row = {"ctx": "now is", "endings": ["the", "winter", "of", "our"], "label": 1}
-    (tmp_path / "h.jsonl").write_text(json.dumps(row))
+    # The empty ending is the likeliest, and the right one in one of the two.
+    rows = [{"ctx": "now is", "endings": ["", "winter", "of", "our"], "label": n} for n in (0, 2)]
+    (tmp_path / "h.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = command("-m", "gptjax.evaluate", run, "--hellaswag", "h.jsonl").stdout
-    assert "1 questions" in out and printed(out, "accuracy") in (0.0, 1.0)
+    assert "2 questions" in out and printed(out, "acc") == 0.5
 
 
 @pytest.mark.parametrize(
@@ -210,7 +207,20 @@ def test_bad_input_is_one_clear_line(run, command, flags, words):
     assert_one_clear_line(command("-m", "gptjax.evaluate", run, *flags), *words)
 
 
-def test_data_that_are_gone_are_named(run, command):
+def test_a_split_counts_the_text_and_not_what_stands_between_documents(monkeypatch):
+    class Bytes:
+        eot = 0
+
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
+
+    tokens = np.frombuffer("né\0日本\0x".encode(), np.uint8)
+    for part in (1, 2, 3, 100):
+        monkeypatch.setattr(evaluate, "DECODED", part)
+        assert evaluate._spelled(tokens, Bytes()) == (5, 10)
+
+
+def test_data_that_are_gone_or_others_are_named(run, command):
     moved = run.parent / "data"
     hidden = moved.rename(run.parent / "hidden")
     try:
@@ -218,3 +228,11 @@ def test_data_that_are_gone_are_named(run, command):
         assert_one_clear_line(result, "no longer at", "name a text with --text")
     finally:
         hidden.rename(moved)
+    (val,) = moved.glob("*/val.bin")
+    tokens = val.read_bytes()
+    try:
+        val.write_bytes(tokens[::-1][1:] + b"\0")
+        result = command("-m", "gptjax.evaluate", run, "--split", "val")
+        assert_one_clear_line(result, "are not those of the run")
+    finally:
+        val.write_bytes(tokens)

@@ -1,8 +1,10 @@
 """Our tokenizers as Hugging Face loads them: the same ids, the same text, and back."""
 
+import io
 import json
 
 import pytest
+import sentencepiece
 import transformers
 from conftest import TEXT
 from hypothesis import example, given, settings
@@ -187,3 +189,44 @@ def test_json_nested_too_deep_is_a_user_error(tmp_path, read):
     (tmp_path / "tokenizer.json").write_text("[" * 100_000)
     with pytest.raises(UserError):
         read(tmp_path)
+
+
+def test_a_sentencepiece_model_that_changes_the_text_is_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=100,
+        minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(UserError, match="changes the text"):
+        hf_tokenizer.read(tmp_path)
+
+
+def test_ids_that_do_not_follow_the_merges_are_refused(tmp_path):
+    hf_tokenizer.write(Gpt2Tokenizer(TINY_RANKS), tmp_path, 32)
+    path = tmp_path / "tokenizer.json"
+    whole = json.loads(path.read_text())
+    # "abc": the merges make (a, bc); by the ids it would be (ab, c).
+    vocab = {token: i for token, i in whole["model"]["vocab"].items() if i < 256}
+    vocab |= {"bc": 256, "ab": 257, "abc": 258, "<|endoftext|>": 259}
+    whole["model"] |= {"vocab": vocab, "merges": [["b", "c"], ["a", "b"], ["ab", "c"]]}
+    whole["added_tokens"][0]["id"] = 259
+    path.write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="other pieces"):
+        hf_tokenizer.read(tmp_path)
+
+
+def test_tokens_added_to_gpt2s_vocabulary_are_refused_not_dropped(tmp_path):
+    hf_tokenizer.write(Gpt2Tokenizer(TINY_RANKS), tmp_path, 32)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|pad|>": len(TINY_RANKS) + 1}))
+    with pytest.raises(UserError, match="not its last id"):
+        hf_tokenizer.read(tmp_path)
+
+
+@needs_gpt2
+def test_only_gpt2s_own_pieces_pass_for_gpt2s():
+    assert GPT2.is_gpt2s_own
+    swapped = dict(GPT2.ranks)
+    swapped[b"he"], swapped[b"in"] = swapped[b"in"], swapped[b"he"]
+    assert not Gpt2Tokenizer(swapped).is_gpt2s_own

@@ -129,7 +129,9 @@ def test_thirty_steps_follow_pytorchs_loss_from_the_same_weights():
 def test_evaluation_is_the_weighted_mean_of_pytorchs_losses():
     params = init_state(CONFIG).params
     theirs = in_torch(params)
-    windows, weights = data.windows_at(TOKENS[:1000], np.array([0, 990]), 16, 8)
+    windows, weights = data.windows_at(
+        TOKENS[:1000], [data.Span(0, 17, 1), data.Span(990, 1000, 991)], 16, 8
+    )
     stacked = parallel.replicate(params)
     pieces = (parallel.split_rows(part, 1)[:, 0] for part in (windows, weights))
     sums = parallel.map_eval_step(partial(train.eval_step, config=MODEL))(stacked, *pieces)

@@ -100,7 +100,7 @@ def test_a_run_without_its_settings_file_goes_on_and_a_damaged_one_is_named(
 
 def test_the_exact_validation_loss_is_pytorchs_over_the_whole_split(uninterrupted):
     run_dir, _ = uninterrupted
-    _, facts, params = checkpoint.load(run_dir, "40")
+    _, facts, params, _ = checkpoint.load(run_dir, "40")
     config = facts.config
     tensors = state_dict.to_torch(params, config.model, "out_in")
     theirs = torch_gpt.from_state_dict(config.model, tensors)
@@ -375,3 +375,28 @@ def test_the_large_shakespeare_setting_takes_a_step_on_the_cpu(command, tmp_path
     assert result.returncode == 0, result.stderr
     assert "step 2/2" in result.stdout
     assert os.listdir(tmp_path / "runs") == ["shakespeare_char"]
+
+
+def test_a_run_resumed_from_its_config_file_reads_its_text_once(command, tmp_path, text_file):
+    (tmp_path / "mine.py").write_text(
+        "from gptjax.config import DataConfig, ModelConfig, TrainConfig\n"
+        "config = TrainConfig(model=ModelConfig(1, 2, 8, 16), data=DataConfig('text.txt'),"
+        " batch_size=2, max_steps=2, sample_tokens=0)\n"
+    )
+    for said in ("(new)", "complete at step 2"):
+        result = command(TRAIN, "mine.py")
+        assert result.returncode == 0 and said in result.stdout, result.stderr
+    assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_another_origin_than_the_runs_own_is_refused(command, tmp_path, text_file):
+    flags = "--data.source text.txt --batch-size 2 --max-steps 2 --sample-tokens 0".split()
+    sizes = "--model.n-layer 1 --model.n-head 2 --model.n-embd 8 --model.block-size 16".split()
+    for name in ("a", "b"):
+        assert command(TRAIN, *flags, *sizes, "--run-dir", name).returncode == 0
+    started = command(TRAIN, *flags, "--init-from", "a", "--run-dir", "tuned")
+    assert started.returncode == 0 and f"from {tmp_path / 'a'}" in started.stdout, started.stderr
+    again = command(TRAIN, *flags, "--init-from", "b", "--run-dir", "tuned")
+    assert_one_clear_line(again, "init_from", str(tmp_path / "a"), str(tmp_path / "b"))
+    shutil.rmtree(tmp_path / "a")  # a run needs its origin no more once it has begun
+    assert "complete at step 2" in command(TRAIN, "--run-dir", "tuned").stdout
