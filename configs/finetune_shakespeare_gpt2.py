@@ -1,4 +1,5 @@
-"""GPT-2 fine-tuned on Tiny Shakespeare for a few steps, with nanoGPT's settings.
+"""GPT-2 fine-tuned on Tiny Shakespeare for a few steps, after nanoGPT's example: its 32 sequences a
+step and its learning rate, but a block of 256, which is four times faster, and some dropout.
 
 First, once: python -m gptjax.convert import gpt2 runs/gpt2
 
@@ -18,6 +19,7 @@ config = TrainConfig(
     learning_rate=3e-5,
     min_lr=3e-5,
     warmup_steps=0,
+    beta2=0.95,
     eval_interval=5,
     log_interval=1,
 )
