@@ -56,3 +56,18 @@ def test_values_are_copies_that_can_be_put_back():
     assert all(not np.array_equal(before[name], now) for name, now in plain.values().items())
     plain.restore(before)
     assert all(np.array_equal(before[name], now) for name, now in plain.values().items())
+
+
+def test_clipping_is_torchs_where_torchs_norm_is_sound():
+    parameters = [torch.nn.Parameter(torch.zeros(7, 5)), torch.nn.Parameter(torch.zeros(3))]
+    for largest in (0.5, 100.0):
+        for number, parameter in enumerate(parameters):
+            draw = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        ours = [torch.nn.Parameter(torch.zeros_like(p)) for p in parameters]
+        for mine, theirs in zip(ours, parameters, strict=True):
+            mine.grad = theirs.grad.clone()
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+        reference._clip(ours, largest)
+        for mine, theirs in zip(ours, parameters, strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=0)
