@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from gptjax import checkpoint, cli, corpus, generate, parallel, tokenizers
+from gptjax import checkpoint, cli, corpus, generate, model, parallel, tokenizers
 from gptjax.config import LARGEST, DeviceKind
 from gptjax.errors import UserError
 from gptjax.tokenizers import Tokenizer
@@ -50,6 +50,9 @@ class GenerateFlags:
     tokens; half: drop the older half and go on, much faster; stop: end there."""
     unknown: Literal["error", "skip"] = "error"
     """What to do with characters of the prompt that the tokenizer does not know."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision, and what the weights are read in. auto: the run's own setting, which
+    by default is bfloat16 on GPU and TPU, float32 on CPU."""
     device: DeviceKind = "auto"
     """Kind of device to run on."""
 
@@ -129,6 +132,10 @@ def main(argv: list[str]) -> None:
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
 
     step, facts, params, _ = checkpoint.load(Path(flags.run_dir), flags.checkpoint)
+    config = facts.config.model
+    if flags.dtype != "auto":
+        config = dataclasses.replace(config, dtype=flags.dtype)
+    params = model.unstack(params, config, consume=True)
     tokenizer = tokenizers.from_json(facts.tokenizer, flags.run_dir)
     prompt = tokenizer.encode(prompt_text, skip_unknown=flags.unknown == "skip")
     if not len(prompt):
@@ -144,7 +151,7 @@ def main(argv: list[str]) -> None:
         params,
         prompt,
         flags.max_new_tokens,
-        facts.config.model,
+        config,
         generate.Sampling(flags.temperature, flags.top_k, flags.top_p),
         num_samples=flags.num_samples,
         seed=flags.seed,

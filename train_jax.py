@@ -5,12 +5,10 @@ that exists. A run that exists is resumed.
 """
 
 import dataclasses
-import difflib
 import functools
 import math
 import os
 import re
-import runpy
 import shlex
 import signal
 import sys
@@ -41,11 +39,8 @@ from gptjax.checkpoint import Checkpoints, Facts
 from gptjax.config import TrainConfig
 from gptjax.data import Dataset
 from gptjax.errors import RunError, UserError
-from gptjax.model import Params, attention_kernel, compute_dtype
+from gptjax.model import Params, attention_kernel, compute_dtype, unstack
 from gptjax.tokenizers import Tokenizer
-
-CONFIGS = Path(__file__).parent / "configs"
-
 
 # ------------------------------------------------------------------------------ settings
 
@@ -63,13 +58,13 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, Tokenizer | None]:
 
     folder, origin = asked("run[-_]dir"), asked("init[-_]from")
     if argv and not argv[0].startswith("-"):
-        name, default = Path(argv[0]).stem, load_config(Path(argv[0]))
+        name, default = Path(argv[0]).stem, config_lib.load(Path(argv[0]))
     elif folder and (saved := saved_settings(Path(folder))):
         name, default = Path(folder).name, saved
     elif origin:
         name, default = f"{Path(origin).name}-finetuned", config_lib.FINETUNE
     else:
-        name, default = "quickstart", load_config(CONFIGS / "quickstart.py")
+        name, default = "quickstart", config_lib.load(config_lib.CONFIGS / "quickstart.py")
     origin = origin or default.init_from
     facts = checkpoint.newest_facts(Path(folder or default.run_dir or f"runs/{name}"))
     if origin:
@@ -120,34 +115,6 @@ def saved_settings(run_dir: Path) -> TrainConfig | None:
         if made == data.default_name(config.data):
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None))
     return config
-
-
-def load_config(path: Path) -> TrainConfig:
-    """The object `config` of a Python file.
-
-    Raises:
-        UserError: no such file, an error in it, or no TrainConfig of that name.
-    """
-    if not path.is_file():
-        there = ", ".join(f"configs/{p.name}" for p in sorted(CONFIGS.glob("*.py")))
-        raise UserError(f"no config file {path}; there are: {there}")
-    try:
-        config = runpy.run_path(str(path)).get("config")
-    except Exception as error:  # the file is the user's code: it may raise anything
-        raise UserError(f"{path}: {type(error).__name__}: {_with_near_miss(error)}") from None
-    if not isinstance(config, TrainConfig):
-        raise UserError(f"{path} must set `config = TrainConfig(...)` (from gptjax.config)")
-    # Python checks no types of fields; our reader of JSON does.
-    return config_lib.from_json(config_lib.to_json(config), str(path))
-
-
-def _with_near_miss(error: Exception) -> str:
-    """The message, and the setting that an unknown keyword argument may have meant."""
-    text = str(error).split(". Did you mean")[0]  # Python's own guess, from 3.13 on
-    unknown = re.search(r"unexpected keyword argument '(\w+)'$", text)
-    names = [name.split(".")[-1] for name in config_lib.flatten(TrainConfig())]
-    near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
-    return f"{text}; did you mean {near[0]}?" if near else text
 
 
 def open_data(
@@ -314,7 +281,7 @@ class Run:
         prompt = tokenizer.encode("\n", skip_unknown=True)
         prompt = prompt if len(prompt) else np.zeros(1, np.int32)
         pieces = generate.generate(
-            parallel.first_copy(self.state.params),
+            unstack(parallel.first_copy(self.state.params), self.config.model),
             prompt,
             self.config.sample_tokens,
             self.config.model,
@@ -426,7 +393,7 @@ def main(argv: list[str]) -> None:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     size = config.model.num_parameters(embeddings=False)
-    parallel.start(config.device, config.num_devices, size, config.micro_batch_size)
+    parallel.start(config.device, config.num_devices, size)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
     config.divide_batch(parallel.device_count())
     kernel, why = attention_kernel(config.model, train=True)

@@ -5,12 +5,16 @@ import difflib
 import json
 import math
 import os
+import re
+import runpy
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 from gptjax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 LARGEST = 2**31
 """Whole numbers are int32 on devices."""
@@ -209,8 +213,7 @@ class TrainConfig:
     device: DeviceKind = "auto"
     """Kind of device to train on. auto: the fastest kind that is there."""
     num_devices: int | None = None
-    """CPU devices to split this machine's cores into. None: for a small model one per core, as
-    many as divide its batch; else one."""
+    """CPU devices to split this machine's cores into. None: one, which uses all of them."""
 
     @property
     def decay_steps(self) -> int:
@@ -368,6 +371,34 @@ def from_json(text: str, where: str) -> TrainConfig:
     if problems or (problems := config.problems()):
         raise UserError(f"{where}: " + "; ".join(problems))
     return config
+
+
+def load(path: Path) -> TrainConfig:
+    """The object `config` of a Python file.
+
+    Raises:
+        UserError: no such file, an error in it, or no TrainConfig of that name.
+    """
+    if not path.is_file():
+        there = ", ".join(f"configs/{p.name}" for p in sorted(CONFIGS.glob("*.py")))
+        raise UserError(f"no config file {path}; there are: {there}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:  # the file is the user's code: it may raise anything
+        raise UserError(f"{path}: {type(error).__name__}: {_with_near_miss(error)}") from None
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"{path} must set `config = TrainConfig(...)` (from gptjax.config)")
+    # Python checks no types of fields; our reader of JSON does.
+    return from_json(to_json(config), str(path))
+
+
+def _with_near_miss(error: Exception) -> str:
+    """The message, and the setting that an unknown keyword argument may have meant."""
+    text = str(error).split(". Did you mean")[0]  # Python's own guess, from 3.13 on
+    unknown = re.search(r"unexpected keyword argument '(\w+)'$", text)
+    names = [name.split(".")[-1] for name in flatten(TrainConfig())]
+    near = difflib.get_close_matches(unknown[1], names, n=1) if unknown else []
+    return f"{text}; did you mean {near[0]}?" if near else text
 
 
 def _build(cls: Any, data: Any, prefix: str, problems: list[str]) -> Any:

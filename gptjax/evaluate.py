@@ -304,7 +304,7 @@ def main(argv: list[str]) -> None:
     run_dir = Path(named[0])
     newest = checkpoint.newest_facts(run_dir)
     size = newest.config.model.num_parameters(embeddings=False) if newest else 0
-    parallel.start(flags.device, flags.num_devices, size, flags.batch_size or 8)
+    parallel.start(flags.device, flags.num_devices, size)
     parallel.use_compilation_cache(corpus.cache_dir() / "xla")
     devices = parallel.device_count()
     rows = flags.batch_size or -(-8 // devices) * devices

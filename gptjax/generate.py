@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.model import MASKED, Cache, apply, init_cache
+from gptjax.model import MASKED, Cache, apply, hashed_bits, init_cache
 
 Overflow = Literal["exact", "half", "stop"]
 
@@ -42,37 +42,68 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """
     logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
 
-    def narrow(logits: jax.Array) -> jax.Array:
-        vocab = logits.shape[-1]
-        ranked = jnp.sort(logits, axis=-1, descending=True)
-        k = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab), vocab)
-        ranked = jnp.where(ranked >= ranked[:, k - 1][:, None], ranked, MASKED)
-        probability = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        # top_p 1 keeps tokens too unlikely to be felt in the sum; 0 still keeps the likeliest.
-        kept = ((before < sampling.top_p) | (sampling.top_p >= 1)).at[:, 0].set(True)
-        kept &= ranked > MASKED
-        least = jnp.where(kept, ranked, jnp.inf).min(axis=-1, keepdims=True)
-        return jnp.where(logits >= least, logits, MASKED)
+    def top_k(logits: jax.Array) -> jax.Array:
+        return _keep(logits, jnp.ones_like(logits), sampling.top_k)
 
-    wanted = (sampling.top_k > 0) | (sampling.top_p < 1)
-    return jax.lax.cond(wanted, narrow, lambda x: x, logits)
+    def top_p(logits: jax.Array) -> jax.Array:
+        return _keep(logits, jax.nn.softmax(logits, axis=-1), sampling.top_p)
+
+    logits = jax.lax.cond(sampling.top_k > 0, top_k, lambda x: x, logits)
+    return jax.lax.cond(sampling.top_p < 1, top_p, lambda x: x, logits)
 
 
-def sample(logits: jax.Array, key: jax.Array, position: Any, sampling: Sampling) -> jax.Array:
-    """Draw int32 [B] tokens from logits [B, V].
+def _keep(logits: jax.Array, weights: jax.Array, enough: Any) -> jax.Array:
+    """[B, V] -> [B, V], with all masked but the fewest largest whose weights sum up to `enough`.
 
-    Row b's randomness follows from (key, position, b) alone: it does not depend on how many rows
-    there are, on the cache, or on how the work is cut into chunks.
+    Sorting 50,257 logits takes longer than reading a small model. So the least kept logit is
+    searched for digit by digit, in an integer that orders as floats do: the largest threshold
+    that leaves enough.
     """
-    filtered = filter_logits(logits, sampling)
-    key = jax.random.fold_in(key, position)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits.shape[0]))
-    drawn = jax.vmap(jax.random.categorical)(keys, filtered)
+    logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 is 0.0
+    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    least = jnp.zeros((logits.shape[0], 1), jnp.uint32)
+    # Many thresholds at once take fewer steps, but more work.
+    digit = 1 if jax.default_backend() == "cpu" and logits.shape[1] > 1024 else 4
+    for shift in range(32 - digit, -1, -digit):
+        tried = least + (jnp.arange(1, 2**digit, dtype=jnp.uint32) << shift)
+        left = jnp.where(order[:, None] >= tried[..., None], weights[:, None], 0.0).sum(axis=-1)
+        reached = (left >= enough).sum(axis=-1, keepdims=True, dtype=jnp.uint32)
+        least = least + (reached << shift)
+    # The likeliest stays, even for `enough` 0.
+    return jnp.where(order >= jnp.minimum(least, order.max(axis=-1, keepdims=True)), logits, MASKED)
+
+
+def sampling_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Array:
+    """uint32 [count, batch, 2]: what `sample` needs for the tokens from `position` on.
+
+    Row b's randomness at a position follows from (key, position, b) alone: it does not depend on
+    how many rows there are, on the cache, or on how the work is cut into chunks.
+    """
+
+    def one(position: jax.Array, row: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, position), row)
+        return jax.random.bits(own, (2,), jnp.uint32)
+
+    rows = jax.vmap(one, (None, 0))
+    return jax.vmap(rows, (0, None))(position + jnp.arange(count), jnp.arange(batch))
+
+
+def gumbel(bits: jax.Array) -> jax.Array:
+    """uint32 -> float32 numbers of the standard Gumbel distribution, all of them finite."""
+    # 23 bits, in the middle of their steps: neither 0 nor, after rounding, 1.
+    uniform = (bits >> 9) * jnp.float32(2**-23) + jnp.float32(2**-24)
+    return -jnp.log(-jnp.log(uniform))
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draw int32 [B] tokens from logits [B, V], by the Gumbel-max trick (Gumbel 1954), with one of
+    the rows of `sampling_keys`."""
+    noise = gumbel(hashed_bits(keys, logits.shape[1]))
+    drawn = (filter_logits(logits, sampling) + noise).argmax(axis=-1)
     return jnp.where(sampling.temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots"))
 def prefill(
     params: Any,
     prompt: jax.Array,
@@ -86,13 +117,13 @@ def prefill(
 ) -> tuple[jax.Array, Cache]:
     """Read int32 [B, bucket] prompts, of which `length` tokens count, into a new cache of `slots`;
     draw the first token [B], which has place `position` in the text."""
-    cache = init_cache(config, prompt.shape[0], slots)
+    cache = init_cache(config, prompt.shape[0], slots, stacked="h_0" not in params)
     logits, cache = apply(config, params, prompt, cache, logits_at=length - 1)
     # The padding's keys and values lie beyond `length`: masked, and overwritten one by one.
-    return sample(logits[:, 0], key, position, sampling), cache._replace(length=length)
+    keys = sampling_keys(key, position, 1, prompt.shape[0])
+    return sample(logits[:, 0], keys[0], sampling), cache._replace(length=length)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def decode(
     params: Any,
     token: jax.Array,
@@ -110,15 +141,15 @@ def decode(
     def body(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         token, cache, out = carry
         logits, cache = apply(config, params, token[:, None], cache)
-        token = sample(logits[:, 0], key, position + i, sampling)
+        token = sample(logits[:, 0], keys[i], sampling)
         return token, cache, out.at[:, i].set(token)
 
+    keys = sampling_keys(key, position, CHUNK, token.shape[0])
     out = jnp.zeros((token.shape[0], CHUNK), jnp.int32)
     _, cache, out = jax.lax.fori_loop(0, count, body, (token, cache, out))
     return out, cache
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def decode_window(
     params: Any,
     window: jax.Array,
@@ -137,12 +168,43 @@ def decode_window(
         window, out = carry
         last = jnp.asarray(window.shape[1] - 1)
         logits, _ = apply(config, params, window, logits_at=last)
-        token = sample(logits[:, 0], key, position + i, sampling)
+        token = sample(logits[:, 0], keys[i], sampling)
         window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
         return window, out.at[:, i].set(token)
 
+    keys = sampling_keys(key, position, CHUNK, window.shape[0])
     out = jnp.zeros((window.shape[0], CHUNK), jnp.int32)
     return jax.lax.fori_loop(0, count, body, (window, out))[1]
+
+
+def compiler_options() -> dict[str, str] | None:
+    """XLA's newer CPU kernels serve large matmuls and sums; in the small ones of sampling they take
+    a third longer. One of the options is experimental: asked for only where it was tried."""
+    if jax.default_backend() != "cpu" or not (0, 10) <= jax.__version_info__ < (0, 13):
+        return None
+    return {
+        "xla_disable_hlo_passes": "tree_reduction_rewriter",
+        "xla_cpu_experimental_ynn_fusion_type": "",
+    }
+
+
+class Programs(NamedTuple):
+    """The functions above, compiled."""
+
+    prefill: Any
+    decode: Any
+    decode_window: Any
+
+
+@functools.cache
+def programs() -> Programs:
+    """One set for the process; made late, because only then it is known what JAX runs on."""
+    jit = functools.partial(jax.jit, compiler_options=compiler_options())
+    return Programs(
+        jit(prefill, static_argnames=("config", "slots")),
+        jit(decode, static_argnames="config", donate_argnames="cache"),
+        jit(decode_window, static_argnames="config"),
+    )
 
 
 def bucket(length: int, block_size: int) -> int:
@@ -188,7 +250,7 @@ def generate(
         length = text.shape[1]
         if overflow == "exact" and length > block:
             count = min(chunk, end - length)
-            out = decode_window(
+            out = programs().decode_window(
                 params, text[:, -block:], count, length, key, settings, config=config
             )
             new = np.asarray(out)[:, :count]
@@ -197,13 +259,13 @@ def generate(
             seen = min(length, block if cache is None else max(1, block // 2))
             padded = np.zeros((num_samples, bucket(seen, block)), np.int32)
             padded[:, :seen] = text[:, -seen:]
-            token, cache = prefill(
+            token, cache = programs().prefill(
                 params, padded, seen, length, key, settings, config=config, slots=slots
             )
             cached, new = seen, np.asarray(token)[:, None]
         else:
             count = min(chunk, end - length, slots - cached)
-            out, cache = decode(
+            out, cache = programs().decode(
                 params, text[:, -1], cache, count, length, key, settings, config=config
             )
             cached, new = cached + count, np.asarray(out)[:, :count]

@@ -8,10 +8,12 @@ Parameter names are GPT-2's (wte, wpe, h, ln_1, attn/c_attn, ...); those of the 
 along a leading L axis.
 """
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,20 +32,25 @@ Params = Any
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far."""
 
-    k: jax.Array
-    """[L, B, H, S, D]"""
-    v: jax.Array
-    """[L, B, H, S, D]"""
+    k: Any
+    """[L, B H, S, D]; a tuple of L [B H, S, D] for unstacked parameters. B and H are one axis,
+    because that is what XLA makes of two, writing every new key and value twice for it."""
+    v: Any
+    """As `k`."""
     length: jax.Array
     """int32 []: how many of the S slots hold tokens."""
 
 
-def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
+def init_cache(config: ModelConfig, batch: int, slots: int, *, stacked: bool = True) -> Cache:
     """An empty cache for `batch` sequences of at most `slots` tokens."""
-    shape = (config.n_layer, batch, config.n_head, slots, config.head_size)
-    dtype = compute_dtype(config)
-    # Two arrays, not one twice: both can be donated.
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+    shape = (batch * config.n_head, slots, config.head_size)
+
+    def empty() -> Any:
+        if stacked:
+            return jnp.zeros((config.n_layer, *shape), compute_dtype(config))
+        return tuple(jnp.zeros(shape, compute_dtype(config)) for _ in range(config.n_layer))
+
+    return Cache(empty(), empty(), jnp.zeros((), jnp.int32))
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -109,6 +116,44 @@ def _residual_std(config: ModelConfig) -> float:
     return INIT_STD / math.sqrt(2 * config.n_layer)
 
 
+def hashed_bits(key: jax.Array, size: int) -> jax.Array:
+    """uint32 [..., size] random bits for uint32 keys [..., 2]: number i's are a hash of i and the
+    key. A few integer operations in the middle of other work; the same on every kind of device.
+
+    JAX's own generators cost a fifth of a training step with dropout on a CPU, and more than the
+    network when a small model samples.
+    """
+
+    def mix(x: jax.Array) -> jax.Array:
+        # MurmurHash3's finaliser (Appleby 2011): one to one, every bit acts on every bit.
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    number = jax.lax.iota(jnp.uint32, size)
+    return mix(mix(number ^ key[..., :1]) + key[..., 1:])
+
+
+class Dropout(nn.Module):
+    """Zero each number with probability `rate`, scale the others up (Srivastava et al. 2014)."""
+
+    rate: float
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Any shape."""
+        if self.deterministic or not self.rate:
+            return x
+        key = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
+        kept = hashed_bits(key, x.size).reshape(x.shape) >= jnp.uint32(self.rate * 2**32)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+KeysValues = tuple[jax.Array, jax.Array] | None
+"""One layer's part of the cache: [B H, S, D] each."""
+
+
 class CausalSelfAttention(nn.Module):
     """Masked multi-head attention ("Attention is all you need", section 3.2)."""
 
@@ -117,51 +162,64 @@ class CausalSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, batch: int, cache: Cache | None, layer: jax.Array, window: jax.Array
-    ) -> tuple[jax.Array, Cache | None]:
-        """x [N, C] -> ([N, C], the cache with this call's keys and values written).
-
-        `window` []: how many tokens back this layer looks, itself included.
-        """
+        self,
+        x: jax.Array,
+        batch: int,
+        start: jax.Array,
+        kv: KeysValues,
+        window: jax.Array,
+        only: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """x [N, C] -> ([N, C], the keys and values so far with this call's written from slot
+        `start` []); `window` []: how many tokens back this layer looks, itself included; with
+        `only` [] just this token of the T looks: [B, C]."""
         config = self.config
         qkv = _dense(config, 3 * config.n_embd, config.use_qkv_bias, INIT_STD, "c_attn")(x)
-        # [N, 3C] -> 3 x [B, H, T, D]
         qkv = qkv.reshape(batch, -1, 3, config.n_head, config.head_size)
         kernel, _ = attention_kernel(config, train=self.train)
-        if kernel == "cudnn" and cache is None:
+        if kernel == "cudnn" and kv is None and only is None:
             q, k, v = (qkv[:, :, i] for i in range(3))
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
         else:
-            q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-            start = jnp.zeros((), jnp.int32)
-            if cache is not None:
-                start = cache.length
-                at = (layer, 0, 0, start, 0)
-                cache = cache._replace(
-                    k=jax.lax.dynamic_update_slice(cache.k, k[None], at),
-                    v=jax.lax.dynamic_update_slice(cache.v, v[None], at),
-                )
-                k = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False)
-                v = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False)
-            y = self._attend(q, k, v, start, window).transpose(0, 2, 1, 3)
-        y = y.reshape(x.shape)
+            # [B, T, 3, H, D] -> 3 x [B H, T, D]
+            qkv = qkv.transpose(2, 0, 3, 1, 4)
+            q, k, v = qkv.reshape(3, batch * config.n_head, -1, config.head_size)
+            if kv is not None:
+                k = jax.lax.dynamic_update_slice(kv[0], k, (0, start, 0))
+                v = jax.lax.dynamic_update_slice(kv[1], v, (0, start, 0))
+                kv = k, v
+            if only is not None:
+                q, start = jax.lax.dynamic_slice_in_dim(q, only, 1, axis=1), start + only
+            y = self._attend(q, k, v, start, window)
+            y = y.reshape(batch, config.n_head, -1, config.head_size).transpose(0, 2, 1, 3)
+        y = y.reshape(-1, config.n_embd)
         y = _dense(config, config.n_embd, config.bias, _residual_std(config), "c_proj")(y)
-        return nn.Dropout(config.dropout, deterministic=not self.train)(y), cache
+        return Dropout(config.dropout, deterministic=not self.train)(y), kv
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: jax.Array
     ) -> jax.Array:
-        """q [B, H, T, D], k and v [B, H, S, D] -> [B, H, T, D]; q's first position is `start`."""
-        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+        """q [B H, T, D], k and v [B H, S, D] -> [B H, T, D]; q's first position is `start`."""
+        scores = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.float32)
         scores *= 1 / math.sqrt(q.shape[-1])
         # How far back each key lies. Unwritten cache slots lie ahead, so they are masked too.
-        back = (start + jnp.arange(q.shape[2]))[:, None] - jnp.arange(k.shape[2])
+        back = (start + jnp.arange(q.shape[1]))[:, None] - jnp.arange(k.shape[1])
         visible = back >= 0
         if "banded" in self.config.attention_pattern:
             visible &= back < window
         weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
-        weights = nn.Dropout(self.config.dropout, deterministic=not self.train)(weights)
-        return jnp.einsum("bhts,bhsd->bhtd", weights, v)
+        weights = Dropout(self.config.dropout, deterministic=not self.train)(weights)
+        return jnp.einsum("bts,bsd->btd", weights, v)
+
+
+def gelu(x: jax.Array, form: Literal["tanh", "erf"]) -> jax.Array:
+    """x times the normal distribution function (Hendrycks & Gimpel, arXiv:1606.08415), or GPT-2's
+    approximation of it by tanh; computed in float32, as PyTorch does."""
+    if form == "tanh":
+        return jax.nn.gelu(x, approximate=True)
+    # By erf: jax.nn.gelu takes erfc, which on a CPU costs more than the layer's matmul.
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class MLP(nn.Module):
@@ -175,9 +233,9 @@ class MLP(nn.Module):
         """[N, C] -> [N, C]."""
         config = self.config
         x = _dense(config, 4 * config.n_embd, config.bias, INIT_STD, "c_fc")(x)
-        x = jax.nn.gelu(x, approximate=config.gelu == "tanh")
+        x = gelu(x, config.gelu)
         x = _dense(config, config.n_embd, config.bias, _residual_std(config), "c_proj")(x)
-        return nn.Dropout(config.dropout, deterministic=not self.train)(x)
+        return Dropout(config.dropout, deterministic=not self.train)(x)
 
 
 class Block(nn.Module):
@@ -189,25 +247,32 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, Cache | None], per_layer: tuple[jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """carry: x [N, C] and the whole cache, updated in place by XLA; per_layer: (index,
-        window)."""
-        x, cache = carry
+        self,
+        x: jax.Array,
+        start: jax.Array,
+        kv: KeysValues,
+        window: jax.Array,
+        only: jax.Array | None = None,
+    ) -> tuple[jax.Array, KeysValues]:
+        """x [N, C] -> [N, C], or with `only` [B, C]; the rest as for CausalSelfAttention."""
         y = _layer_norm(self.config, "ln_1")(x)
-        y, cache = CausalSelfAttention(self.config, self.train, name="attn")(
-            y, self.batch, cache, *per_layer
+        y, kv = CausalSelfAttention(self.config, self.train, name="attn")(
+            y, self.batch, start, kv, window, only
         )
+        if only is not None:
+            x = x.reshape(self.batch, -1, self.config.n_embd)
+            x = jax.lax.dynamic_index_in_dim(x, only, axis=1, keepdims=False)
         x = x + y
         y = _layer_norm(self.config, "ln_2")(x)
-        x = x + MLP(self.config, self.train, name="mlp")(y)
-        return (x, cache), None
+        return x + MLP(self.config, self.train, name="mlp")(y), kv
 
 
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019) and GPT-3 (arXiv:2005.14165), by `config`."""
 
     config: ModelConfig
+    stacked: bool = True
+    """Whether the blocks' parameters are stacked ("h") or apart ("h_0", ...: `unstack`)."""
 
     @nn.compact
     def __call__(
@@ -246,7 +311,7 @@ class GPT(nn.Module):
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         x = wte[tokens] + jax.lax.dynamic_slice_in_dim(wpe, start, t)  # [B, T, C]
         x = x.astype(compute_dtype(config))
-        x = nn.Dropout(config.dropout, deterministic=not train)(x)
+        x = Dropout(config.dropout, deterministic=not train)(x)
 
         if config.n_layer:
             # Flat [N, C] through the blocks: XLA's CPU matmuls are much faster on two axes.
@@ -255,18 +320,32 @@ class GPT(nn.Module):
             # Remat frees nothing in straight-line code: XLA needs the loop.
             loops = config.remat or config.n_layer > 12
             unroll = config.scan_unroll or (1 if loops else config.n_layer)
-            blocks = nn.scan(
-                block,
-                # Intermediates are there for who asks Flax to capture them.
-                variable_axes={"params": 0, "intermediates": 0},
-                split_rngs={"params": True, "dropout": True},
-                length=config.n_layer,
-                unroll=unroll,
-            )(config, train, b, name="h")
-            per_layer = (jnp.arange(config.n_layer), jnp.array(config.windows))
-            (x, cache), _ = blocks((x, cache), per_layer)
-            x = _layer_norm(config, "ln_f")(x).reshape(b, t, config.n_embd)
-        if logits_at is not None:
+            kv = None if cache is None else (cache.k, cache.v)
+            if self.stacked:
+                blocks = nn.scan(
+                    block,
+                    # Intermediates are there for who asks Flax to capture them.
+                    variable_axes={"params": 0, "intermediates": 0},
+                    split_rngs={"params": True, "dropout": True},
+                    in_axes=(nn.broadcast, 0, 0),
+                    length=config.n_layer,
+                    unroll=unroll,
+                )(config, train, b, name="h")
+                x, kv = blocks(x, start, kv, jnp.array(config.windows))
+            else:
+                layers = []
+                for i, window in enumerate(config.windows):
+                    layer_kv = None if kv is None else (kv[0][i], kv[1][i])
+                    layer = block(config, train, b, name=f"h_{i}")
+                    # Of the last block the other tokens' outputs have no use.
+                    only = logits_at if i == config.n_layer - 1 else None
+                    x, layer_kv = layer(x, start, layer_kv, jnp.array(window), only)
+                    layers.append(layer_kv)
+                kv = None if kv is None else tuple(zip(*layers, strict=True))
+            if cache is not None and kv is not None:
+                cache = cache._replace(k=kv[0], v=kv[1])
+            x = _layer_norm(config, "ln_f")(x).reshape(b, -1, config.n_embd)
+        if logits_at is not None and x.shape[1] > 1:
             x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
 
         head = wte
@@ -293,7 +372,8 @@ def apply(
 ) -> tuple[jax.Array, Any]:
     """`GPT.__call__` as a function of its parameters; with `dropout_key`, in training."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    return GPT(config).apply(
+    stacked = "h_0" not in params
+    return GPT(config, stacked).apply(
         {"params": params}, tokens, cache, logits_at=logits_at, train=bool(rngs), rngs=rngs
     )
 
@@ -302,3 +382,29 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     """Fresh parameters: GPT-2's initialisation."""
     key = jax.random.key(seed, impl="threefry2x32")
     return GPT(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _apart(x: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    return tuple(layer.astype(dtype) for layer in x)
+
+
+def unstack(params: Params, config: ModelConfig, *, consume: bool = False) -> Params:
+    """The same parameters, made for reading one token after another: the blocks' apart, because XLA
+    would copy each one's slice for every token; and matrices in the compute precision, because
+    their reading is what takes the time. `consume` frees each given array when it is done with it.
+    """
+    wanted = compute_dtype(config)
+    out: dict[tuple[str, ...], jax.Array] = {}
+    for path, x in flax.traverse_util.flatten_dict(params).items():
+        # Norms are computed in float32, and so is the sum of the two embeddings.
+        wide = path[0] == "wpe" or any(name.startswith("ln_") for name in path)
+        dtype = x.dtype if wide else wanted
+        if path[0] == "h":
+            for i, layer in enumerate(_apart(x, dtype)):
+                out[f"h_{i}", *path[1:]] = layer
+        else:
+            out[path] = x.astype(dtype)
+        if consume and (path[0] == "h" or dtype != x.dtype):
+            x.delete()
+    return flax.traverse_util.unflatten_dict(out)

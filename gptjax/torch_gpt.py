@@ -16,14 +16,17 @@ from gptjax.config import ModelConfig
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head attention over the last `window` tokens."""
+    """Causal multi-head attention over the last `window` tokens; `fused`: by PyTorch's own kernel,
+    where every token before is seen."""
 
-    def __init__(self, config: ModelConfig, window: int):
+    def __init__(self, config: ModelConfig, window: int, fused: bool):
         super().__init__()
         self.heads = config.n_head
         self.window = window
+        self.fused = fused and window >= config.block_size
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.use_qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
@@ -33,12 +36,20 @@ class SelfAttention(nn.Module):
             part.view(batch, time, self.heads, size).transpose(1, 2)
             for part in self.c_attn(x).split(width, dim=2)
         )
+        dropout = self.dropout if self.training else 0.0
+        if self.fused:
+            y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            return self._out(y)
         scores = q @ k.transpose(-2, -1) / math.sqrt(size)
         visible = torch.ones(time, time, device=x.device).tril().bool()
         visible &= ~torch.ones(time, time, device=x.device).tril(-self.window).bool()
         scores = scores.masked_fill(~visible, float("-inf"))
-        y = scores.softmax(dim=-1) @ v
-        return self.c_proj(y.transpose(1, 2).reshape(batch, time, width))
+        return self._out(functional.dropout(scores.softmax(dim=-1), dropout) @ v)
+
+    def _out(self, y: Tensor) -> Tensor:
+        """[B, H, T, D] -> [B, T, C], projected."""
+        y = self.c_proj(y.transpose(1, 2).flatten(2))
+        return functional.dropout(y, self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -49,19 +60,21 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.form = {"erf": "none", "tanh": "tanh"}[config.gelu]
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        return self.c_proj(functional.gelu(self.c_fc(x), approximate=self.form))
+        y = self.c_proj(functional.gelu(self.c_fc(x), approximate=self.form))
+        return functional.dropout(y, self.dropout, self.training)
 
 
 class Block(nn.Module):
     """A pre-LayerNorm block."""
 
-    def __init__(self, config: ModelConfig, window: int):
+    def __init__(self, config: ModelConfig, window: int, fused: bool):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = SelfAttention(config, window)
+        self.attn = SelfAttention(config, window, fused)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
@@ -74,14 +87,14 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Everything but the output head, under the name that nanoGPT gives it."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, fused: bool):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size or 0, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Identity()
-        self.h = nn.ModuleList(Block(config, window) for window in config.windows)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config, window, fused) for window in config.windows)
         if config.n_layer:
             self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
@@ -107,19 +120,31 @@ class Trunk(nn.Module):
 
 
 class TorchGPT(nn.Module):
-    """The model; dropout and padded rows of the vocabulary are not in it."""
+    """The model, without padded rows of the vocabulary; `fused`: with PyTorch's own attention
+    kernel instead of the formula."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, *, fused: bool = False):
         super().__init__()
         self.config = config
-        self.transformer = Trunk(config)
+        self.transformer = Trunk(config, fused)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size or 0, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.transformer.wte.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int [B, T] -> logits [B, T, V]."""
-        return self.lm_head(self.transformer(tokens))
+    def forward(self, tokens: Tensor, *, last_only: bool = False) -> Tensor:
+        """int [B, T] -> logits [B, T, V], or of the last token alone [B, 1, V]."""
+        x = self.transformer(tokens)
+        return self.lm_head(x[:, -1:] if last_only else x)
+
+
+def initialise(model: TorchGPT) -> None:
+    """GPT-2's: N(0, 0.02), the projections into the residual stream smaller with depth."""
+    for name, parameter in model.named_parameters():
+        std = 0.02 / math.sqrt(2 * model.config.n_layer) if "c_proj" in name else 0.02
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
 
 
 def from_state_dict(config: ModelConfig, tensors: dict[str, Any]) -> TorchGPT:
@@ -131,7 +156,7 @@ def from_state_dict(config: ModelConfig, tensors: dict[str, Any]) -> TorchGPT:
         model.lm_head.weight = model.transformer.wte.weight
         tensors = tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
     model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
-    return model
+    return model.eval()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -140,12 +165,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.AdamW:
+    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float,
+    fused: bool | None = None,
+) -> torch.optim.AdamW:  # fmt: skip
     """With nanoGPT's two groups: tensors of two axes and more decay, the others do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)

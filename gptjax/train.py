@@ -44,8 +44,8 @@ def loss(
 
 def dropout_key(seed: int, step: jax.Array, axis_name: str | None) -> jax.Array:
     """The key of one device's dropout in one step. It follows from its arguments, so no key is
-    ever saved. The "rbg" generator's bits are several times cheaper than threefry's."""
-    key = jax.random.fold_in(jax.random.key(seed, impl="rbg"), step)
+    ever saved."""
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
     return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 

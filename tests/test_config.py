@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -134,3 +135,42 @@ def test_weights_bring_their_architecture_and_leave_the_rest():
     assert config_lib.adopt(ModelConfig(), small).block_size == 64
     with pytest.raises(UserError, match=r"n_layer 6 is not the weights' 48.*block_size 2048 exc"):
         config_lib.adopt(ModelConfig(n_layer=6, block_size=2048), weights)
+
+
+MAKE = "from gptjax.config import TrainConfig\nconfig = TrainConfig({})"
+
+
+def test_config_files_that_are_wrong_say_how(tmp_path):
+    cases = {
+        "syntax.py": ("config = (", "SyntaxError"),
+        "key.py": (MAKE.format("batch_sise=1"), "did you mean batch_size?"),
+        "type.py": (MAKE.format("batch_size='4'"), "batch_size is '4'; expected int"),
+        "range.py": (MAKE.format("batch_size=-4"), "batch_size -4 must be at least 1"),
+        "empty.py": ("", "must set `config = TrainConfig(...)`"),
+    }
+    for name, (text, words) in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as caught:
+            config_lib.load(tmp_path / name)
+        assert name in str(caught.value) and words in str(caught.value)
+    with pytest.raises(UserError, match=r"there are: .*configs/quickstart\.py"):
+        config_lib.load(tmp_path / "nope.py")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_file_is_valid(path):
+    assert not config_lib.load(path).problems()
+
+
+def test_nanogpts_settings_are_what_the_config_files_say():
+    small = config_lib.load(ROOT / "configs" / "shakespeare_char_cpu.py")
+    model = small.model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (4, 4, 128, 64)
+    assert (model.dropout, small.batch_size, small.max_steps) == (0.0, 12, 2000)
+    assert (small.learning_rate, small.min_lr) == (1e-3, 1e-4)
+    assert (small.warmup_steps, small.beta2, small.eval_full_split) == (100, 0.99, True)
+    model = config_lib.load(ROOT / "configs" / "shakespeare_char.py").model
+    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (6, 6, 384, 256)
+    sized = dataclasses.replace(model, vocab_size=65)
+    position = 256 * 384  # nanoGPT's 10.65M counts no position embeddings
+    assert round((sized.num_parameters() - position) / 1e6, 2) == 10.65

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 from conftest import TEXT
@@ -54,6 +56,7 @@ def test_greedy_tokens_are_those_of_an_uncached_model_at_and_past_the_block(conf
     assert len(set(expected)) > 3  # the model does not just repeat itself
     assert run(params, prompt, 70, config)[0].tolist() == expected
     assert run(params, prompt, 70, config, chunk=1)[0].tolist() == expected
+    assert run(model.unstack(params, config), prompt, 70, config)[0].tolist() == expected
 
 
 @pytest.mark.parametrize("kind", ["char", "gpt2", "sentencepiece"])
@@ -106,16 +109,17 @@ def test_stop_ends_with_the_block(length, made):
 def test_lengths_in_a_bucket_share_their_programs_far_inside_the_block():
     config = dataclasses.replace(CONFIG, block_size=256)
     params = lively(config)
-    gen.prefill.clear_cache()
-    gen.decode.clear_cache()
+    prefill, decode, _ = gen.programs()
+    prefill.clear_cache()
+    decode.clear_cache()
     for length in range(1, 17):
         run(params, np.arange(length), 50 + length % 14, config)
-    assert (gen.prefill._cache_size(), gen.decode._cache_size()) == (1, 1)
+    assert (prefill._cache_size(), decode._cache_size()) == (1, 1)
 
 
 def test_lengths_in_a_bucket_and_all_settings_share_one_program():
     params = lively(CONFIG)
-    programs = (gen.prefill, gen.decode, gen.decode_window)
+    programs = gen.programs()
     for program in programs:
         program.clear_cache()
     run(params, np.arange(3), 64)
@@ -141,9 +145,11 @@ FILTER = jax.jit(gen.filter_logits)
 
 
 @example(0.125, 4, 1.0, 1)
+@example(1.0, 0, 0.9, 1)
 @given(st.floats(0.1, 5), st.integers(0, 70), st.floats(0.01, 1), st.integers(0, 2**32 - 1))
-def test_filters_keep_what_hugging_faces_warpers_keep(temperature, k, p, seed):
-    logits = np.random.default_rng(seed).standard_normal((3, 61)).astype("f4") * 3
+@pytest.mark.parametrize("vocabulary", [61, 2000])  # they are searched in steps of another size
+def test_filters_keep_what_hugging_faces_warpers_keep(vocabulary, temperature, k, p, seed):
+    logits = np.random.default_rng(seed).standard_normal((3, vocabulary)).astype("f4") * 3
     warpers = [transformers.TemperatureLogitsWarper(temperature)]
     if k:
         warpers.append(transformers.TopKLogitsWarper(k))
@@ -177,11 +183,50 @@ def test_ties_stay_together():
     assert kept.tolist() == [[False, True, True, False]]
 
 
+def test_the_noise_is_finite_and_gumbels_for_every_bit_pattern():
+    extremes = jnp.array([0, 511, 512, 2**32 - 512, 2**32 - 1], jnp.uint32)
+    noise = np.asarray(gen.gumbel(extremes), "f8")
+    first, last = 2.0**-24, 1 - 2.0**-24
+    uniform = np.array([first, first, 3 * first, last, last])
+    np.testing.assert_allclose(noise, -np.log(-np.log(uniform)), rtol=1e-5)
+
+
+def test_the_programs_filter_a_flat_vocabulary_of_gpt2s_size_as_float64_does():
+    """With the options that they are compiled with: the sums are long."""
+    logits = np.random.default_rng(0).standard_normal((2, 50257)).astype("f4") * 0.1
+    filters = jax.jit(gen.filter_logits, compiler_options=gen.compiler_options())
+    for p in (0.5, 0.999):
+        kept = (np.asarray(filters(logits, Sampling(1.0, 0, p))) > model.MASKED).sum(axis=1)
+        ranked = np.sort(np.exp(logits.astype("f8")), axis=1)[:, ::-1]
+        before = ranked.cumsum(axis=1) - ranked
+        expected = (before < p * ranked.sum(axis=1, keepdims=True)).sum(axis=1)
+        np.testing.assert_allclose(kept, expected, atol=5)  # of 50,257: rounding at the edge
+
+
+def test_zeros_of_either_sign_are_equally_likely():
+    logits = np.array([[-0.0, 0.0, -1.0]], "f4")
+    kept = np.asarray(gen.filter_logits(logits, Sampling(1.0, 1))) > model.MASKED
+    assert kept.tolist() == [[True, True, False]]
+
+
+def test_draws_along_a_text_are_independent_and_fit_the_distribution():
+    probability = np.random.default_rng(0).dirichlet(np.ones(9))
+    keys = gen.sampling_keys(jax.random.key(1), 0, 40_000, 1)[:, 0]
+    logits = np.broadcast_to(np.log(probability).astype("f4"), (len(keys), 9))
+    drawn = np.asarray(jax.jit(gen.sample)(logits, keys, Sampling()))
+    counts = np.bincount(drawn, minlength=9)
+    assert scipy.stats.chisquare(counts, len(keys) * probability).pvalue > 1e-3
+    # And a token says nothing of the next.
+    pairs = np.bincount(drawn[:-1] * 9 + drawn[1:], minlength=81).reshape(9, 9)
+    assert scipy.stats.chi2_contingency(pairs).pvalue > 1e-3
+
+
 def test_draws_follow_the_filtered_distribution():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], "f4"))
     key = jax.random.key(0)
     many = np.broadcast_to(logits, (20_000, 4))
-    drawn = np.asarray(jax.jit(gen.sample)(many, key, 0, Sampling(1.0, 3)))
+    (keys,) = jax.jit(gen.sampling_keys, static_argnums=(2, 3))(key, 0, 1, len(many))
+    drawn = np.asarray(jax.jit(gen.sample)(many, keys, Sampling(1.0, 3)))
     shares = np.bincount(drawn, minlength=4) / len(drawn)
     np.testing.assert_allclose(shares, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.015)
-    assert (np.asarray(gen.sample(many, key, 0, Sampling(0.0))) == 0).all()
+    assert (np.asarray(gen.sample(many, keys, Sampling(0.0))) == 0).all()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import transformers
 
@@ -304,6 +305,39 @@ def test_more_tokens_than_the_block_are_refused():
         apply(SMALL, init_params(SMALL, 0), np.zeros((1, 25), int))
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_unstacked_parameters_are_the_same_model(name):
+    config = VARIANTS[name]
+    params, tokens = lively(config), tokens_for(config)
+    apart = model.unstack(params, config)
+    assert "h" not in apart and sum(key.startswith("h_") for key in apart) == config.n_layer
+    expected, _ = apply(config, params, tokens)
+    assert relative_error(apply(config, apart, tokens)[0], expected) < 1e-5
+    at, _ = apply(config, apart, tokens, logits_at=jnp.int32(5))
+    assert relative_error(at, expected[:, 5:6]) < 1e-5
+    # And with a cache, read in two parts.
+    cache = init_cache(config, len(tokens), config.block_size, stacked="h_0" not in apart)
+    _, cache = apply(config, apart, tokens[:, :7], cache)
+    rest, _ = apply(config, apart, tokens[:, 7:], cache, logits_at=jnp.int32(3))
+    assert relative_error(rest, expected[:, 10:11]) < 1e-5
+
+
+def test_unstacked_matrices_are_in_the_compute_precision_and_the_old_ones_freed():
+    config = dataclasses.replace(SMALL, dtype="bfloat16")
+    params = lively(config)
+    apart = model.unstack(params, config, consume=True)
+    assert all(x.is_deleted() for x in jax.tree.leaves(params["h"]))
+    # The weights are rounded earlier, which takes no further from float32.
+    tokens = tokens_for(SMALL)
+    exact, _ = apply(SMALL, lively(SMALL), tokens)
+    stacked, _ = apply(config, lively(config), tokens)
+    error = relative_error(apply(config, apart, tokens)[0], exact)
+    assert error < 1.5 * relative_error(stacked, exact)
+    norm, attention = apart["h_1"]["ln_1"], apart["h_1"]["attn"]
+    assert (norm["scale"].dtype, norm["bias"].dtype) == (jnp.float32, jnp.float32)
+    assert attention["c_attn"]["kernel"].dtype == apart["wte"].dtype == jnp.bfloat16
+
+
 # ---------------------------------------------------------------------------- dropout
 
 
@@ -323,6 +357,38 @@ def test_dropout_acts_in_training_only_and_everywhere_the_paper_has_it():
     logits, _ = apply(bare, eye, np.full((400, 24), 60), dropout_key=jax.random.key(0))
     assert set(np.unique(logits[..., :32])) == {0.0, 2.0}
     assert np.mean(np.asarray(logits[..., :32]) == 0) == pytest.approx(0.5, abs=0.01)
+
+
+def test_hashed_bits_are_even_and_independent_of_neighbours_and_other_keys():
+    keys = jax.random.bits(jax.random.key(0), (4, 2), jnp.uint32)
+    bits = np.asarray(model.hashed_bits(keys, 1 << 18))
+    assert len(np.unique(bits[0])) == 1 << 18  # one to one
+    for row in bits:
+        for byte in row[:, None].view("u1").T:
+            assert scipy.stats.chisquare(np.bincount(byte, minlength=256)).pvalue > 1e-4
+    # Chance makes correlations of about 1 / sqrt(2^18) = 0.002.
+    masks = (bits >= np.uint32(0.2 * 2**32)).astype("f8")
+    for lag in (1, 2, 64, 384, 4096):
+        assert abs(np.corrcoef(masks[0, :-lag], masks[0, lag:])[0, 1]) < 0.01
+    assert np.abs(np.corrcoef(masks) - np.eye(4)).max() < 0.01
+    # A seed's neighbours are no better known than strangers.
+    near = np.asarray(
+        model.hashed_bits(keys[:1] ^ jnp.array([[1, 0], [0, 1]], jnp.uint32), 1 << 18)
+    )
+    flipped = np.bitwise_count(near ^ bits[:1]).mean(axis=1) / 32
+    np.testing.assert_allclose(flipped, 0.5, atol=0.02)
+
+
+@pytest.mark.parametrize("form", ["tanh", "erf"])
+def test_gelu_and_its_slope_are_pytorchs(form):
+    x = np.concatenate([np.linspace(-12, 12, 4001), [0.0, -0.0, 1e-20, -40, 40]]).astype("f4")
+    theirs = torch.from_numpy(x).requires_grad_()
+    approximate = {"tanh": "tanh", "erf": "none"}[form]
+    value = torch.nn.functional.gelu(theirs, approximate=approximate)
+    value.sum().backward()
+    ours, slope = jax.vmap(jax.value_and_grad(lambda x: model.gelu(x, form)))(x)
+    np.testing.assert_allclose(ours, value.detach(), rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(slope, theirs.grad, rtol=1e-5, atol=5e-6)
 
 
 def test_the_attention_kernel_on_a_cpu_is_xla_and_says_why():

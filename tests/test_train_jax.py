@@ -16,10 +16,8 @@ import pytest
 import torch
 from conftest import ROOT, SHAKESPEARE, assert_one_clear_line, command_environment
 
-import train_jax
 from gptjax import checkpoint, state_dict, torch_gpt, train
 from gptjax.checkpoint import Checkpoints
-from gptjax.errors import UserError
 
 TRAIN = ROOT / "train_jax.py"
 TINY = (
@@ -326,45 +324,6 @@ def test_a_full_disk_is_one_clear_line_and_the_last_checkpoint_survives(
 
 
 # ------------------------------------------------------------------------------ settings
-
-
-MAKE = "from gptjax.config import TrainConfig\nconfig = TrainConfig({})"
-
-
-def test_config_files_that_are_wrong_say_how(tmp_path):
-    cases = {
-        "syntax.py": ("config = (", "SyntaxError"),
-        "key.py": (MAKE.format("batch_sise=1"), "did you mean batch_size?"),
-        "type.py": (MAKE.format("batch_size='4'"), "batch_size is '4'; expected int"),
-        "range.py": (MAKE.format("batch_size=-4"), "batch_size -4 must be at least 1"),
-        "empty.py": ("", "must set `config = TrainConfig(...)`"),
-    }
-    for name, (text, words) in cases.items():
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError) as caught:
-            train_jax.load_config(tmp_path / name)
-        assert name in str(caught.value) and words in str(caught.value)
-    with pytest.raises(UserError, match=r"there are: .*configs/quickstart\.py"):
-        train_jax.load_config(tmp_path / "nope.py")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_file_is_valid(path):
-    assert not train_jax.load_config(path).problems()
-
-
-def test_nanogpts_settings_are_what_the_config_files_say():
-    small = train_jax.load_config(ROOT / "configs" / "shakespeare_char_cpu.py")
-    model = small.model
-    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (4, 4, 128, 64)
-    assert (model.dropout, small.batch_size, small.max_steps) == (0.0, 12, 2000)
-    assert (small.learning_rate, small.min_lr) == (1e-3, 1e-4)
-    assert (small.warmup_steps, small.beta2, small.eval_full_split) == (100, 0.99, True)
-    model = train_jax.load_config(ROOT / "configs" / "shakespeare_char.py").model
-    assert (model.n_layer, model.n_head, model.n_embd, model.block_size) == (6, 6, 384, 256)
-    sized = train_jax.dataclasses.replace(model, vocab_size=65)
-    position = 256 * 384  # nanoGPT's 10.65M counts no position embeddings
-    assert round((sized.num_parameters() - position) / 1e6, 2) == 10.65
 
 
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="Tiny Shakespeare is not on this machine")
