@@ -9,9 +9,10 @@ from typing import Literal
 
 import numpy as np
 
-from gptjax import checkpoint, cli, corpus, generate, model, parallel, tokenizers
+from gptjax import checkpoint, cli, corpus, devices, generate, model, tokenizers
 from gptjax.config import LARGEST, DeviceKind
 from gptjax.errors import UserError
+from gptjax.places import place
 from gptjax.tokenizers import Tokenizer
 
 
@@ -128,10 +129,10 @@ class Sample:
 def main(argv: list[str]) -> None:
     _, flags = cli.parse(GenerateFlags(), argv, "python generate_jax.py")
     prompt_text = read_prompt(flags)
-    parallel.use_platform(flags.device)
-    parallel.use_compilation_cache(corpus.cache_dir() / "xla")
+    devices.use_platform(flags.device)
+    devices.use_compilation_cache(corpus.cache_dir() / "xla")
 
-    step, facts, params, _ = checkpoint.load(Path(flags.run_dir), flags.checkpoint)
+    step, facts, params, _ = checkpoint.load(place(flags.run_dir), flags.checkpoint)
     config = facts.config.model
     if flags.dtype != "auto":
         config = dataclasses.replace(config, dtype=flags.dtype)

@@ -4,33 +4,35 @@ Without a config file: configs/quickstart.py, or the run's own settings where --
 that exists. A run that exists is resumed.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import re
 import shlex
-import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 from gptjax import (
+    beginnings,
     checkpoint,
     cli,
     corpus,
     data,
+    devices,
     evaluate,
     generate,
+    memory,
     metrics,
-    optim,
     parallel,
+    places,
     tokenizers,
     train,
 )
@@ -39,7 +41,8 @@ from gptjax.checkpoint import Checkpoints, Facts
 from gptjax.config import TrainConfig
 from gptjax.data import Dataset
 from gptjax.errors import RunError, UserError
-from gptjax.model import Params, attention_kernel, compute_dtype, unstack
+from gptjax.model import attention_kernel, compute_dtype, unstack
+from gptjax.places import RunLock, place
 from gptjax.tokenizers import Tokenizer
 
 # ------------------------------------------------------------------------------ settings
@@ -59,16 +62,16 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, Tokenizer | None]:
     folder, origin = asked("run[-_]dir"), asked("init[-_]from")
     if argv and not argv[0].startswith("-"):
         name, default = Path(argv[0]).stem, config_lib.load(Path(argv[0]))
-    elif folder and (saved := saved_settings(Path(folder))):
+    elif folder and (saved := saved_settings(place(folder))):
         name, default = Path(folder).name, saved
     elif origin:
         name, default = f"{Path(origin).name}-finetuned", config_lib.FINETUNE
     else:
         name, default = "quickstart", config_lib.load(config_lib.CONFIGS / "quickstart.py")
     origin = origin or default.init_from
-    facts = checkpoint.newest_facts(Path(folder or default.run_dir or f"runs/{name}"))
+    facts = checkpoint.newest_facts(place(folder or default.run_dir or f"runs/{name}"))
     if origin:
-        facts = facts or checkpoint.newest_facts(Path(origin))
+        facts = facts or checkpoint.newest_facts(place(origin))
         if not facts:
             raise UserError(
                 f"no run in {origin} (--init-from); to make one from GPT-2's weights:"
@@ -83,7 +86,7 @@ def read_settings(argv: list[str]) -> tuple[TrainConfig, Tokenizer | None]:
     if origin:
         config = dataclasses.replace(
             config,
-            init_from=str(Path(origin).absolute()),
+            init_from=origin if places.is_remote(place(origin)) else str(Path(origin).absolute()),
             model=config_lib.adopt(config.model, facts.config.model, unset=None),
         )
     tokenizer = tokenizers.from_json(facts.tokenizer, str(origin or config.run_dir))
@@ -117,6 +120,14 @@ def saved_settings(run_dir: Path) -> TrainConfig | None:
     return config
 
 
+def vocabulary(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
+    """How many ids there will be; None where only the text can tell."""
+    known = {"gpt2": 50257, "sentencepiece": config.data.sentencepiece_vocab_size}
+    if tokenizer:
+        return tokenizer.n_vocab
+    return config.model.vocab_size or known.get(config.data.tokenizer)
+
+
 def open_data(
     config: TrainConfig, tokenizer: Tokenizer | None, console: Console
 ) -> tuple[TrainConfig, Dataset]:
@@ -128,7 +139,11 @@ def open_data(
     if not folder.exists():
         if config.data.dir:
             raise UserError(f"no folder {folder} (--data.dir); python -m gptjax.data makes one")
-        data.prepare(config.data, folder, console, tokenizer)
+        try:
+            data.prepare(config.data, folder, console, tokenizer)
+        except UserError:
+            if not folder.exists():  # else another process of this run was faster
+                raise
     dataset = data.load(folder)
     if tokenizer and tokenizer.state() != dataset.tokenizer.state():
         raise UserError(
@@ -165,70 +180,32 @@ def open_data(
 class Run:
     """One training run in progress: what its parts share."""
 
-    def __init__(self, config: TrainConfig, dataset: Dataset, checkpoints: Checkpoints):
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, checkpoints: Checkpoints, stop: cli.StopSignal
+    ):
         self.config = config
         self.dataset = dataset
         self.checkpoints = checkpoints
-        self.run_dir = Path(config.run_dir or "")
-        self.train_step = parallel.map_train_step(
-            functools.partial(train.train_step, config=config)
+        self.run_dir = place(config.run_dir or "")
+        self.strategy = parallel.strategy(config.parallel.strategy)
+        self.train_step = self.strategy.map_train_step(
+            functools.partial(train.train_step, config=config), config.gradient_accumulation_steps
         )
-        self.eval_step = parallel.map_eval_step(
+        self.eval_step = self.strategy.map_eval_step(
             functools.partial(train.eval_step, config=config.model)
         )
-        self.best_val_loss: float | None = None
-        self.stop_signal = 0
-        """The signal that this host has received."""
+        self.stop = stop
+        """What this host has been told."""
         self.stopped_by = 0
         """The signal on which all hosts stopped."""
-        self.origin = "new"
-        self.state = self._initial_or_resumed()
-        self.first_step = int(parallel.fetch({"step": self.state.step})["step"])
-
-    def _initial_or_resumed(self) -> train.TrainState:
-        step = self.checkpoints.latest_step
-        if step is None and self.config.init_from:
-            self.origin = f"from {self.config.init_from}"
-            return parallel.replicate(self._from_weights(Path(self.config.init_from)))
-        if step is None:
-            return parallel.replicate(jax.jit(lambda: train.init_state(self.config))())
-        facts = self.checkpoints.facts(step)
-        trained_on = facts.data_fingerprint
-        conflicts = config_lib.resume_conflicts(facts.config, self.config, imported=not trained_on)
-        if trained_on and trained_on != self.dataset.fingerprint:
-            conflicts.append(
-                f"the tokens: fingerprint {trained_on[:12]} in the run,"
-                f" {self.dataset.fingerprint[:12]} in {self.config.data.dir} now"
-            )
-        if conflicts:
-            raise UserError(
-                f"{self.run_dir} holds a run with other settings; " + "; ".join(conflicts)
-                + "; resume it without changes, or name another --run-dir"
-            )  # fmt: skip
-        self.origin = f"resumed at step {step}" if trained_on else f"imported, at step {step}"
-        self.best_val_loss = facts.best_val_loss
-        shapes = jax.eval_shape(lambda: train.init_state(self.config))
-        targets = checkpoint.abstract(shapes, parallel.one_per_host())
-        wanted: dict[str, Any] = {"params": targets.params}
-        if self.checkpoints.has_optimizer(step):
-            wanted["opt_state"] = targets.opt_state
-        loaded = self.checkpoints.restore(step, **wanted)
-        opt_state = loaded.get("opt_state") or self._fresh_optimizer(loaded["params"])
-        return parallel.replicate(train.TrainState(jnp.int32(step), loaded["params"], opt_state))
-
-    def _fresh_optimizer(self, params: Params) -> Any:
-        return jax.jit(optim.optimizer(self.config).init)(params)
-
-    def _from_weights(self, run_dir: Path) -> train.TrainState:
-        """Step 0 with the best weights of another run, their position table cropped."""
-        params = checkpoint.load(run_dir, "best", parallel.one_per_host()).params
-        if "wpe" in params:
-            crop = jax.jit(lambda table: table[: self.config.model.block_size])
-            params = params | {"wpe": crop(params["wpe"])}
-        return train.TrainState(jnp.int32(0), params, self._fresh_optimizer(params))
+        self.beginning = beginning = beginnings.begin(
+            config, dataset.fingerprint, checkpoints, self.strategy
+        )
+        self.first_step, self.best_val_loss = beginning.step, beginning.best_val_loss
+        self.state = self.strategy.place(beginning.state)
 
     def batch(self, step: int) -> np.ndarray:
-        """This host's share of the batch of one step, laid out for its devices."""
+        """int32 [R, block_size + 1]: this host's share of the batch of one step."""
         model = self.config.model
         rows = data.batch_at(
             self.dataset.train,
@@ -239,15 +216,11 @@ class Run:
             rows=parallel.host_rows(self.config.batch_size),
         )
         data.check_ids(rows, model.vocab_size)
-        return parallel.split_rows(rows, self.config.gradient_accumulation_steps)
+        return rows
 
-    def _safe(self) -> str:
-        step = self.checkpoints.latest_step
-        return "there is no checkpoint yet" if step is None else f"step {step} is saved"
-
-    def evaluate(self, batches: int | None) -> float:
+    def evaluate(self, batches: int | None) -> float | None:
         """Mean validation loss in nats per token, over so many batches of fixed windows, or over
-        the whole split (None).
+        the whole split (None); None where a stop signal cuts it short.
 
         Raises:
             RunError: it is not finite.
@@ -255,25 +228,32 @@ class Run:
         model, rows = self.config.model, self.config.micro_batch_size
         tokens = self.dataset.val
         some = data.spans(len(tokens), model.block_size, at_most=batches and batches * rows)
-        params = self.state.params
-        loss, count = evaluate.span_loss(self.eval_step, params, tokens, some, model, rows)
+        total = evaluate.span_loss(
+            functools.partial(self.eval_step, self.state.params),
+            tokens, some, model, rows, stop=lambda: self.stop.number,
+        )  # fmt: skip
+        if total is None:
+            return None
+        loss, count = total
         if not math.isfinite(loss):
-            raise RunError(f"the validation loss became {loss}; {self._safe()}")
+            raise RunError(f"the validation loss became {loss}; {self.checkpoints.safe()}")
         return loss / count
 
-    def save(self, step: int, val_loss: float | None) -> None:
-        """Start a checkpoint of the state after `step` steps, having made sure that it is sound:
-        a training loss is that of the parameters before its step."""
-        if val_loss is None:
-            self.evaluate(batches=1)
-        facts = Facts(
+    def _facts(self, val_loss: float | None, unfinished: dict[str, Any] | None = None) -> Facts:
+        return Facts(
             self.config,
             tokenizers.to_json(self.dataset.tokenizer),
             self.dataset.fingerprint,
             self.best_val_loss,
+            val_loss,
+            unfinished,
         )
-        one = parallel.unreplicate(self.state)
-        self.checkpoints.save(step, one.params, one.opt_state, facts, val_loss)
+
+    def save(self, step: int, facts: Facts, log: metrics.Log) -> None:
+        """Start a checkpoint of the state after `step` steps."""
+        log.flush()
+        one = self.strategy.unplace(self.state)
+        self.checkpoints.save(step, one.params, one.opt_state, facts)
 
     def sample(self) -> str:
         """A continuation of a line end (of token 0 where the tokenizer knows none)."""
@@ -281,7 +261,7 @@ class Run:
         prompt = tokenizer.encode("\n", skip_unknown=True)
         prompt = prompt if len(prompt) else np.zeros(1, np.int32)
         pieces = generate.generate(
-            unstack(parallel.first_copy(self.state.params), self.config.model),
+            unstack(self.strategy.for_sampling(self.state.params), self.config.model),
             prompt,
             self.config.sample_tokens,
             self.config.model,
@@ -289,12 +269,13 @@ class Run:
             seed=self.config.seed,
             overflow="half",
         )
-        return tokenizer.decode(np.concatenate(list(pieces), axis=1)[0])
+        # Together: where the hosts share out the model, none can make a token alone.
+        wanted = itertools.takewhile(lambda _: not any(parallel.every(self.stop.number)), pieces)
+        return tokenizer.decode(np.concatenate([[], *(piece[0] for piece in wanted)]).astype(int))
 
     def take_step(self, step: int) -> train.Metrics:
         """Train on the batch of `step`; its metrics come when the devices are done."""
-        batch = self.batch(step)
-        self.state, step_metrics = self.train_step(self.state, batch, self.stop_signal)
+        self.state, step_metrics = self.train_step(self.state, self.batch(step), self.stop.number)
         return step_metrics
 
     def train(self, display: metrics.Display, log: metrics.Log) -> None:
@@ -307,35 +288,78 @@ class Run:
         save_interval = config.save_interval or config.eval_interval
         tokens_per_step = config.batch_size * config.model.block_size
         eval_batches = None if config.eval_full_split else config.eval_batches
-        peak = parallel.peak_flops()
+        peak = devices.peak_flops()
+        # The first step compiles: it is timed and reported apart from the speed.
+        clock = metrics.StepClock(log.seconds, self.first_step + 1)
 
         def finish(step: int, pending: train.Metrics) -> dict[str, Any]:
             row = {"step": step} | parallel.fetch(pending)
             bad = [n for n in ("train_loss", "grad_norm") if not math.isfinite(row[n])]
             if bad:
                 raise RunError(
-                    f"{bad[0]} became {row[bad[0]]} at step {step}; {self._safe()};"
+                    f"{bad[0]} became {row[bad[0]]} at step {step}; {self.checkpoints.safe()};"
                     " lower --learning-rate or raise --warmup-steps, in another --run-dir"
                 )
             return row
 
-        # The first step compiles: it is timed and reported apart from the speed.
-        clock = metrics.StepClock(log.seconds, self.first_step + 1)
-
         def report(row: dict[str, Any]) -> None:
-            pace = clock.steps_per_second(row["step"])
+            # Of a step that an earlier process has taken nobody knows.
+            pace = clock.steps_per_second(row["step"]) if row["step"] > self.first_step else None
             rate = pace and pace * tokens_per_step
             row |= {"tokens_per_second": rate, "seconds": clock.seconds()}
             log.append(row)
             mfu = rate * config.model.flops_per_token() / peak if rate and peak else None
             display.progress(row, mfu, pace and (config.max_steps - row["step"]) / pace)
 
+        def settle(row: dict[str, Any], *, again: bool = False) -> bool:
+            """All that follows the step of `row`: evaluation, report, checkpoint, sample; whether
+            to go on. `again`: the checkpoint is there, from before a stop."""
+            done, stop = row["step"], row.pop("stop", 0)
+            last = done == config.max_steps
+            evaluates = again or done % config.eval_interval == 0 or last
+            val_loss, best = None, False
+            if evaluates and not stop:
+                with clock.paused():
+                    val_loss = self.evaluate(eval_batches)
+            if val_loss is not None:
+                row["val_loss"] = val_loss
+                best = self.best_val_loss is None or val_loss < self.best_val_loss
+                self.best_val_loss = val_loss if best else self.best_val_loss
+            cut = evaluates and val_loss is None
+            if (evaluates or done % config.log_interval == 0) and not cut:
+                report(row)
+            facts = self._facts(val_loss, row if cut else None)
+            with clock.paused():
+                if again:
+                    log.flush()
+                    self.checkpoints.amend(done, facts, writes=devices.is_main_host())
+                elif done % save_interval == 0 or last or best or stop or cut:
+                    if val_loss is None and not (stop or cut):
+                        # The step's loss was that of the parameters before it.
+                        cut = self.evaluate(batches=1) is None
+                    self.save(done, facts, log)
+                if val_loss is not None:
+                    mark = " (best)" if best else ""
+                    display.say(f"step {done}: validation loss {val_loss:.4f}{mark}")
+                    if config.sample_tokens and not last:
+                        display.say(self.sample())
+            if stop or cut:
+                self.stopped_by = stop or max(parallel.every(self.stop.number))
+            return not self.stopped_by
+
         if self.first_step == 0:
             with clock.paused():
                 first_loss = self.best_val_loss = self.evaluate(eval_batches)
-                log.append({"step": 0, "val_loss": first_loss, "seconds": 0.0})
-                display.say(f"step 0: validation loss {first_loss:.4f}")
+            if first_loss is None:
+                self.stopped_by = max(parallel.every(self.stop.number))
+                return
+            log.append({"step": 0, "val_loss": first_loss, "seconds": 0.0})
+            display.say(f"step 0: validation loss {first_loss:.4f}")
+        unfinished = self.beginning.unfinished
+        if unfinished and not settle(unfinished, again=True):
+            return
 
+        alone = devices.host_count() == 1
         pending: tuple[int, train.Metrics] | None = None
         for done in range(self.first_step + 1, config.max_steps + 1):
             if done == self.first_step + 1:
@@ -348,68 +372,93 @@ class Run:
             else:
                 step_metrics = self.take_step(done - 1)
             # Read the metrics of the step before while this one runs.
-            stop = 0
+            stop = self.stop.number if alone else 0
             if pending:
                 row = finish(*pending)
-                stop = row["stop"]
+                stop = stop or row["stop"]
                 if row["step"] % config.log_interval == 0:
                     report(row)
             pending = (done, step_metrics)
-
-            last = done == config.max_steps
-            evaluates = done % config.eval_interval == 0 or last
-            saves = done % save_interval == 0 or last
-            if not (evaluates or saves or stop):
-                continue
-            row, pending = finish(done, step_metrics), None
-            stop = stop or row["stop"]
-            val_loss, best = None, False
-            if evaluates:
-                with clock.paused():
-                    val_loss = self.evaluate(eval_batches)
-                    row["val_loss"] = val_loss
-                    best = self.best_val_loss is None or val_loss < self.best_val_loss
-                    self.best_val_loss = val_loss if best else self.best_val_loss
-            if evaluates or done % config.log_interval == 0:
-                report(row)
-            with clock.paused():
-                if saves or stop or best:
-                    self.save(done, val_loss)
-                if val_loss is not None:
-                    mark = " (best)" if best else ""
-                    display.say(f"step {done}: validation loss {val_loss:.4f}{mark}")
-                    if config.sample_tokens and not last:
-                        display.say(self.sample())
-            if stop:
-                self.stopped_by = stop
-                return
+            intervals = config.eval_interval, save_interval
+            if stop or done == config.max_steps or any(done % n == 0 for n in intervals):
+                row, pending = finish(done, step_metrics), None
+                row["stop"] = row["stop"] or stop
+                if not settle(row):
+                    return
 
 
 def main(argv: list[str]) -> None:
     config, tokenizer = read_settings(argv)
     # What can be refused before a long text is tokenised is refused here.
-    run_dir = Path(config.run_dir or "")
+    run_dir = place(config.run_dir or "")
     for folder in (run_dir, run_dir / "checkpoints"):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     size = config.model.num_parameters(embeddings=False)
-    parallel.start(config.device, config.num_devices, size)
-    parallel.use_compilation_cache(corpus.cache_dir() / "xla")
-    config.divide_batch(parallel.device_count())
+    devices.start(config.device, config.num_devices, size, config.distributed)
+    # The others will find each other anew when the run is resumed.
+    config = dataclasses.replace(config, distributed=config_lib.DistributedConfig())
+    devices.use_compilation_cache(corpus.cache_dir() / "xla")
+    parallel.meet()
+    config.divide_batch(devices.device_count())
     kernel, why = attention_kernel(config.model, train=True)
     if config.model.attention == "cudnn" != kernel:
         raise UserError(f"--model.attention cudnn does not fit here: {why}")
+    ids = vocabulary(config, tokenizer)
+    if config.dry_run and ids:
+        model = dataclasses.replace(config.model, vocab_size=ids)
+        memory.dry_run(dataclasses.replace(config, model=model))
+        return
     config, dataset = open_data(config, tokenizer, Console())
+    if config.dry_run:
+        memory.dry_run(config)
+    else:
+        train_in(run_dir, config, dataset)
 
+
+def seen_by_all(lock: RunLock) -> bool:
+    """Whether all hosts read there what the first one has written; a network disk may take some
+    seconds."""
+    for _ in range(20):
+        if parallel.same(lock.holder()):
+            return True
+        time.sleep(1)
+    return False
+
+
+def train_in(run_dir: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Train, unless another process does; at the end, how to go on or what to do with it.
+
+    Raises:
+        UserError: the run is in use, or another one.
+        RunError: what was begun cannot be finished.
+    """
     resume = f"python train_jax.py --run-dir {shlex.quote(str(run_dir))}"
+    anywhere = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None))
+    if not parallel.same(config_lib.to_json(anywhere) + dataset.fingerprint):
+        raise UserError("the hosts have different settings or data; start the same command on all")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
-            run = Run(config, dataset, checkpoints)
-            if parallel.is_main_host():
-                config_lib.write(run_dir / "config.json", config)
+        lock = RunLock(run_dir)
+        holder = lock.acquire() if devices.is_main_host() else None
+        if any(parallel.every(int(holder is not None))):
+            raise UserError(
+                f"{run_dir} is in use by {holder or 'a process of the first host'}; wait for it or"
+                " stop it, or name another --run-dir"
+            )
+        if not seen_by_all(lock):
+            raise UserError(
+                f"{run_dir} is not one folder for all hosts; name one that they share, or gs://..."
+            )
+        with (
+            cli.StopSignal() as stop,
+            Checkpoints(run_dir, config.keep_checkpoints) as checkpoints,
+        ):
+            run = Run(config, dataset, checkpoints, stop)
+            if devices.is_main_host():
+                places.replace_file(run_dir / "config.json", config_lib.to_json(config) + "\n")
             with metrics.Display(
-                total=config.max_steps, done=run.first_step, visible=parallel.is_main_host()
+                total=config.max_steps, done=run.first_step, visible=devices.is_main_host()
             ) as display:
                 describe(run, display)
                 run_loop(run, display)
@@ -418,7 +467,10 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise RunError(f"{error.filename or run_dir}: {error.strerror or error}") from error
     if run.stopped_by:
-        print(f"stopped; saved step {checkpoints.latest_step}. Resume: {resume}")
+        step = checkpoints.latest_step
+        kept = "before the first step" if step is None else f"saved step {step}"
+        with contextlib.suppress(OSError):  # whoever reads it, or not
+            print(f"stopped; {kept}. Resume: {resume}", flush=True)
         sys.exit(128 + run.stopped_by)
 
 
@@ -426,44 +478,42 @@ def describe(run: Run, display: metrics.Display) -> None:
     """What is about to happen, before it takes its time."""
     config, model = run.config, run.config.model
     steps = config.gradient_accumulation_steps
-    rows = config.divide_batch(parallel.device_count())
+    rows = config.divide_batch(devices.device_count())
     kernels = [attention_kernel(model, train=train) for train in (True, False)]
     attention = "{} ({})".format(*kernels[0])
     if kernels[0][0] != kernels[1][0]:
         attention += "; in evaluation {} ({})".format(*kernels[1])
+    for note in run.beginning.notes:
+        display.say(note)
     display.say(
-        f"run        {run.run_dir} ({run.origin})\n"
+        f"run        {run.run_dir} ({run.beginning.origin})\n"
         f"data       {os.path.relpath(config.data.dir or '')}:"
         f" {len(run.dataset.train):,} training and {len(run.dataset.val):,} validation tokens,"
         f" {run.dataset.tokenizer.kind} tokenizer\n"
         f"model      {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, block"
         f" {model.block_size}, {model.vocab_size:,} ids: {model.num_parameters():,} parameters\n"
-        f"devices    {parallel.describe()}, computing in {compute_dtype(model).name}\n"
+        f"devices    {devices.describe()}, computing in {compute_dtype(model).name}\n"
         f"attention  {attention}\n"
         f"batch      {config.batch_size} x {model.block_size} ="
-        f" {config.batch_size * model.block_size:,} tokens per step ({parallel.device_count()}"
+        f" {config.batch_size * model.block_size:,} tokens per step ({devices.device_count()}"
         f" devices x {steps} accumulation steps x {rows} sequences)"
     )
 
 
 def run_loop(run: Run, display: metrics.Display) -> None:
-    """Train, with Ctrl-C and SIGTERM turned into a saved stop; a second one ends at once."""
+    """Train, unless nothing is left to do."""
+    # The row of a step that is to be evaluated again is not there yet, or will be replaced.
+    kept_until = run.first_step - (1 if run.beginning.unfinished else 0)
     path = run.run_dir / "metrics.jsonl"
-    log = metrics.Log(path, run.first_step, writes=parallel.is_main_host())
-    if run.first_step >= run.config.max_steps:
+    resumes = run.first_step > 0
+    log = metrics.Log(path, kept_until if resumes else None, writes=devices.is_main_host())
+    if run.first_step >= run.config.max_steps and not run.beginning.unfinished:
         display.say(f"this run is complete at step {run.first_step}")
         return
-
-    def stop(number: int, _: Any) -> None:
-        run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         run.train(display, log)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        log.flush()
 
 
 def finale(run: Run, display: metrics.Display) -> None:

@@ -7,6 +7,7 @@ Neither JAX nor PyTorch is imported here: their memory and threads would count.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args
 
@@ -29,6 +30,7 @@ from gptjax import cli
 from gptjax import config as config_lib
 from gptjax.config import LARGEST, DeviceKind, TrainConfig
 from gptjax.errors import RunError, UserError
+from gptjax.places import replace_file
 
 ROOT = Path(__file__).parent.parent
 CALL_SECONDS = 570
@@ -213,6 +215,19 @@ class Spread(NamedTuple):
         return cls(low, median, high)
 
 
+def rounds(flags: "BenchFlags", deadline: float) -> Iterator[int]:
+    """1, 2, ... until the time is spent; none that may not be over by `deadline`."""
+    ends, longest = time.monotonic() + flags.seconds, 0.0
+    for number in itertools.count(1):
+        began = time.monotonic()
+        if number > flags.least_rounds and began >= ends:
+            return
+        if number > 1 and began + 2 * longest > deadline:
+            return
+        yield number
+        longest = max(longest, time.monotonic() - began)
+
+
 def measure(jobs: list[Job], flags: "BenchFlags", deadline: float) -> list[dict[str, Any]]:
     """Every job's row of the table. The sides take turns until the time is spent."""
     workers: list[Worker] = []
@@ -220,18 +235,12 @@ def measure(jobs: list[Job], flags: "BenchFlags", deadline: float) -> list[dict[
         for job in jobs:
             cli.status(f"starting {job.side} ...")
             workers.append(Worker(job, deadline))
-        ends, rounds, longest = time.monotonic() + flags.seconds, 0, 0.0
-        while rounds < flags.least_rounds or time.monotonic() < ends:
-            began = time.monotonic()
-            if rounds and began + 2 * longest > deadline:
-                break
-            rounds += 1
+        for number in rounds(flags, deadline):
             for worker in workers:
-                cli.status(f"round {rounds}: {worker.side} ...")
+                cli.status(f"round {number}: {worker.side} ...")
                 # Threads of the side before spin for a moment after their work.
                 time.sleep(0.2)
                 worker.turn(flags.turn_seconds)
-            longest = max(longest, time.monotonic() - began)
         cli.status("")
         return [_row(worker, workers[0], job) for worker, job in zip(workers, jobs, strict=True)]
     finally:
@@ -336,18 +345,14 @@ def startup(
         starts: dict[str, list[Start]] = {
             side: [] for side in ("gptjax", "gptjax, cold", *names[1:])
         }
-        ends, rounds, longest = time.monotonic() + flags.seconds, -1, 0.0
-        while rounds < flags.least_rounds or time.monotonic() < ends:
-            began = time.monotonic()
-            if rounds > 0 and began + 2 * longest > deadline:
-                break
-            rounds += 1
+        # Round 0 fills the cache, and the system's own of files.
+        for number in itertools.chain([0], rounds(flags, deadline)):
             for side, seen in starts.items():
-                cli.status(f"round {rounds}: {side} ...")
-                run_dir = folder / f"{rounds}-{side}"
+                cli.status(f"round {number}: {side} ...")
+                run_dir = folder / f"{number}-{side}"
                 run_dir.mkdir()
                 job = dataclasses.replace(config, run_dir=str(run_dir))
-                config_lib.write(run_dir / "config.json", job)
+                replace_file(run_dir / "config.json", config_lib.to_json(job) + "\n")
                 cache = run_dir / "cache" if "cold" in side else folder / "cache"
                 command = [sys.executable, "train_jax.py", "--run-dir", str(run_dir)]
                 if side == "torch":
@@ -355,9 +360,8 @@ def startup(
                     command = [sys.executable, "-m", "gptjax.bench_torch", text]
                 environment = visible(Job(side, "startup", job, against=bool(names[1:])))
                 start = watch(side, command, environment | {"GPTJAX_CACHE_DIR": str(cache)})
-                if rounds:  # the first fills the cache, and the system's own of files
+                if number:
                     seen.append(start)
-            longest = max(longest, time.monotonic() - began)
         cli.status("")
     ours = starts["gptjax"]
     return [

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import bench, data, generate, parallel, train
+from gptjax import bench, data, devices, generate, parallel, train
 from gptjax.bench import Job
 from gptjax.model import compute_dtype, init_params, unstack
 
@@ -18,10 +18,13 @@ def trainer(job: Job) -> Callable[[int], None]:
     """A function that takes so many training steps, as train_jax.py does."""
     config = job.config
     size = config.model.num_parameters(embeddings=False)
-    parallel.start(config.device, job.devices, size)
-    config.divide_batch(parallel.device_count())
-    step = parallel.map_train_step(functools.partial(train.train_step, config=config))
-    state = parallel.replicate(jax.jit(lambda: train.init_state(config))())
+    devices.start(config.device, job.devices, size)
+    config.divide_batch(devices.device_count())
+    strategy = parallel.strategy("pmap")
+    step = strategy.map_train_step(
+        functools.partial(train.train_step, config=config), config.gradient_accumulation_steps
+    )
+    state = strategy.place(strategy.build(lambda: train.init_state(config)))
     tokens = bench.random_tokens(config)
     number = 0
 
@@ -33,8 +36,7 @@ def trainer(job: Job) -> Callable[[int], None]:
                 tokens, config.seed, number, batch_size=config.batch_size,
                 block_size=config.model.block_size,
             )  # fmt: skip
-            batch = parallel.split_rows(rows, config.gradient_accumulation_steps)
-            state, metrics = step(state, batch)
+            state, metrics = step(state, rows)
             # The metrics of the step before are read while this one runs.
             if pending:
                 parallel.fetch(pending)
@@ -48,7 +50,7 @@ def trainer(job: Job) -> Callable[[int], None]:
 def sampler(job: Job) -> Callable[[int], None]:
     """A function that continues a prompt of one token so many times, as generate_jax.py does."""
     config = job.config
-    parallel.use_platform(config.device)
+    devices.use_platform(config.device)
     params = jax.jit(lambda: init_params(config.model, config.seed))()
     params = unstack(params, config.model, consume=True)
     prompt = np.zeros(1, np.int32)
@@ -66,7 +68,7 @@ def sampler(job: Job) -> Callable[[int], None]:
 
 def ceilings(job: Job) -> Callable[[int], None]:
     """A function that measures one large matmul and one large copy, and puts down the best."""
-    parallel.start(job.config.device, 1, 10**9)
+    devices.start(job.config.device, 1, 10**9)
     on_cpu = jax.default_backend() == "cpu"
     width = 2048 if on_cpu else 8192
     square = jnp.ones((width, width), compute_dtype(job.config.model))
@@ -97,10 +99,10 @@ def facts() -> dict[str, Any]:
     memory = jax.local_devices()[0].memory_stats() or {}
     return {
         "versions": f"JAX {jax.__version__}",
-        "devices": parallel.describe(),
-        "device_count": parallel.device_count(),
+        "devices": devices.describe(),
+        "device_count": devices.device_count(),
         "platform": jax.default_backend(),
-        "peak_flops": parallel.peak_flops(),
+        "peak_flops": devices.peak_flops(),
         "device_memory": memory.get("peak_bytes_in_use"),
         "ceilings": best,
     }

@@ -1,29 +1,54 @@
 """Checkpoints of a run: the only file that knows Orbax.
 
 RUN_DIR/checkpoints/STEP is self-contained: parameters, optimizer state, and in its metadata the
-config, the tokenizer, the fingerprint of the data and the best validation loss.
+config, the tokenizer, the fingerprint of the data, the losses, and a digest of every array: so
+damage is found that no file format notices.
 """
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import itertools
 import json
 import logging
+import math
 import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from gptjax import config as config_lib
-from gptjax import optim
+from gptjax import optim, places
 from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError, first_line
-from gptjax.model import Params, init_params
+from gptjax.model import Params, init_params, mix
 
 # Orbax logs the tracebacks of a failed save or load, then raises it: once is enough.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+
+METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's file in a checkpoint that holds what we add."""
+
+
+COMMITTED = "commit_success.txt"
+"""Orbax's last file in a checkpoint in a bucket."""
+
+DELETED = "deleted-"
+"""Begins the name of a checkpoint that is being deleted."""
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be used. An older one may be whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +61,11 @@ class Facts:
     data_fingerprint: str | None
     """Of the tokens it was trained on; None where they are not known: the weights were imported."""
     best_val_loss: float | None
+    """Of the run so far."""
+    val_loss: float | None = None
+    """Of these weights, where it was measured."""
+    unfinished: dict[str, Any] | None = None
+    """The last step's row for metrics.jsonl, where the run was stopped before its evaluation."""
 
 
 class Checkpoints:
@@ -48,31 +78,15 @@ class Checkpoints:
         Raises:
             UserError: opened for reading, and there is no run.
         """
-        self.directory = run_dir.absolute() / "checkpoints"
+        self.run_dir = run_dir
+        where = run_dir if places.is_remote(run_dir) else run_dir.absolute()
+        self.directory = where / "checkpoints"
         if keep is None and not self.directory.is_dir():
             raise UserError(
                 f"no run in {run_dir}: expected a folder that train_jax.py --run-dir has written"
             )
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            n=1,
-            get_metric_fn=lambda m: m["val_loss"],
-            reverse=True,
-            keep_checkpoints_without_metrics=False,
-        )
-        try:
-            self._orbax = ocp.training.Checkpointer(
-                self.directory,
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep), best] if keep else [policies.PreserveAll()]
-                ),
-                cleanup_tmp_directories=keep is not None,
-            )
-        except ValueError as error:  # bad JSON or UTF-8 in a checkpoint's metrics
-            raise UserError(
-                f"a checkpoint in {self.directory} is damaged: {_gist(error)};"
-                " move away the one that has a broken metrics/metrics file"
-            ) from error
+        self._keep = keep
+        self._val_losses: dict[int, float | None] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -82,107 +96,231 @@ class Checkpoints:
             if kind is None:
                 self.wait()
         finally:
-            with contextlib.suppress(Exception):  # told by `wait`, or by what came before
-                self._orbax.close()
+            if "_saver" in self.__dict__:
+                with contextlib.suppress(Exception):  # told by `wait`, or by what came before
+                    self._saver.close()
+
+    @functools.cached_property
+    def _saver(self) -> ocp.training.Checkpointer:
+        """Made for the first save: it cannot stand damaged checkpoints, and readers need none. It
+        clears away what an interrupted save has left."""
+        assert self._keep is not None, "opened for reading"
+        return ocp.training.Checkpointer(
+            self.directory,
+            # Orbax would delete old ones under their own names: a kill leaves half of one.
+            preservation_policy=ocp.training.preservation_policies.PreserveAll(),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Of all finished checkpoints, in order."""
+        return sorted(int(path.name) for path in _finished(self.run_dir))
 
     @property
     def latest_step(self) -> int | None:
         """The newest checkpoint's step; None where there is none."""
-        return self._orbax.latest.step if self._orbax.latest else None
+        return max(self.steps, default=None)
 
-    @property
-    def best_step(self) -> int | None:
-        """The step of the lowest validation loss, the newest one where none was measured."""
-        losses = {c.step: c.metrics["val_loss"] for c in self._orbax.checkpoints if c.metrics}
-        return min(losses, key=losses.__getitem__) if losses else self.latest_step
+    def by_loss(self) -> list[int]:
+        """The steps by their validation loss, the lowest first; before them those that cannot be
+        read, after them those without one."""
 
-    def resolve(self, name: str) -> int:
-        """The step that "latest", "best" or a number names.
+        def rank(step: int) -> tuple[float, int]:
+            try:
+                loss = self._val_loss(step)
+            except Damaged:
+                return -math.inf, -step
+            return math.inf if loss is None else loss, -step
+
+        return sorted(self.steps, key=rank)
+
+    def _val_loss(self, step: int) -> float | None:
+        """Raises Damaged."""
+        if step not in self._val_losses:
+            self._val_losses[step] = self.facts(step).val_loss
+        return self._val_losses[step]
+
+    def candidates(self, name: str) -> list[int]:
+        """The steps that "latest", "best" or a number names, in the order in which to try them.
 
         Raises:
             UserError: there is none; the ones there are are listed.
         """
-        steps = [c.step for c in self._orbax.checkpoints]
-        step = {"latest": self.latest_step, "best": self.best_step}.get(name)
-        if step is None and name in map(str, steps):
-            step = int(name)
-        if step is None:
-            there = ", ".join(map(str, steps)) or "none"
+        if name == "latest":
+            found = self.steps[::-1]
+        elif name == "best":
+            found = self.by_loss()
+        else:
+            found = [step for step in self.steps if str(step) == name]
+        if not found:
+            there = ", ".join(map(str, self.steps)) or "none"
             raise UserError(f"no checkpoint {name!r} in {self.directory}; there are: {there}")
-        return step
+        return found
 
-    def save(self, step: int, params: Any, opt_state: Any, facts: Facts, val_loss: float | None):
-        """Start saving in the background; waits only for the save before it.
+    def save(self, step: int, params: Any, opt_state: Any, facts: Facts) -> None:
+        """Start saving in the background; waits only for the save before it, and deletes what is
+        no longer kept then.
 
         `opt_state` None: there is none, the optimizer starts afresh when training goes on.
 
         Raises:
-            RunError: this save or the one before it failed, for instance on a full disk.
+            RunError: this save or the one before it failed, for instance on a full disk; or a
+                number is not finite.
         """
-        metadata = {
-            "config": json.loads(config_lib.to_json(facts.config)),
-            "tokenizer": facts.tokenizer,
-            "data_fingerprint": facts.data_fingerprint,
-            "best_val_loss": facts.best_val_loss,
-        }
         parts = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+        found = {name: _digests(tree) for name, tree in parts.items()}
+        wild = [
+            array for part in found.values() for array, (_, finite) in part.items() if not finite
+        ]
+        if wild:
+            raise RunError(
+                f"the state after step {step} is not finite (in {wild[0]}); it was not saved;"
+                f" {self.safe()}"
+            )
+        digests = {part: {a: number for a, (number, _) in by.items()} for part, by in found.items()}
+        record = _signed({"facts": _facts_to_json(facts), "digests": digests})
+        self._val_losses[step] = facts.val_loss
+        self.wait()
         try:
             with _writing():
-                self._orbax.save_checkpointables_async(
-                    step,
-                    parts,
-                    force=True,
-                    metrics=None if val_loss is None else {"val_loss": val_loss},
-                    custom_metadata=metadata,
+                self._saver.save_checkpointables_async(
+                    step, parts, force=True, custom_metadata=record
                 )
         except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
             raise self._failed(error) from error
 
+    def amend(self, step: int, facts: Facts, *, writes: bool) -> None:
+        """Replace what a finished checkpoint says besides its arrays. Only one host `writes`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._val_losses[step] = facts.val_loss
+        if not writes:
+            return
+        path = self.directory / str(step) / METADATA
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole["custom_metadata"] |= {"facts": _facts_to_json(facts)}
+        whole["custom_metadata"] = _signed(whole["custom_metadata"])
+        places.replace_file(path, json.dumps(whole))
+
     def wait(self) -> None:
-        """Return when everything is on disk.
+        """Return when everything is on disk, and nothing more than is to be kept.
 
         Raises:
             RunError: a save failed.
         """
         try:
-            self._orbax.wait()
+            if "_saver" in self.__dict__:
+                self._saver.wait()
         except Exception as error:  # as in `save`: what failed in the background comes here
             raise self._failed(error) from error
+        if self._keep and jax.process_index() == 0:
+            self._prune(self._keep)
+
+    def _prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` and the best."""
+        steps = self.steps
+        losses: dict[int, float] = {}
+        for step in steps:
+            with contextlib.suppress(Damaged):
+                if (loss := self._val_loss(step)) is not None:
+                    losses[step] = loss
+        best = min(losses.values(), default=None)
+        for step in steps[:-keep]:
+            if best is None or losses.get(step) != best:
+                # First it ceases to be a checkpoint, all at once.
+                folder = self.directory / str(step)
+                if places.is_remote(folder):
+                    (folder / COMMITTED).unlink()
+                else:
+                    folder = folder.rename(self.run_dir / f"{DELETED}{step}")
+                _remove(folder)
+        for folder in self.run_dir.glob(f"{DELETED}*"):  # of a process that was killed
+            _remove(folder)
 
     def _failed(self, error: Exception) -> RunError:
         reason = _gist(error)
         if "No space left" in str(error):
             reason = "the disk is full"
-        self._orbax.reload()
-        kept = f"step {self.latest_step} is safe" if self.latest_step is not None else "none yet"
-        return RunError(f"cannot save a checkpoint in {self.directory}: {reason} ({kept})")
+        return RunError(f"cannot save a checkpoint in {self.directory}: {reason}; {self._newest()}")
+
+    def safe(self) -> str:
+        """What is on disk, for an error message, once the save in progress is done."""
+        with contextlib.suppress(RunError):
+            self.wait()
+        return self._newest()
+
+    def _newest(self) -> str:
+        step = self.latest_step
+        return "there is no checkpoint yet" if step is None else f"step {step} is saved"
+
+    def set_aside(self, step: int) -> Path:
+        """Move a damaged checkpoint out of the way, to RUN_DIR/damaged-STEP; where to."""
+        for number in itertools.count(1):
+            to = self.run_dir / (f"damaged-{step}-{number}" if number > 1 else f"damaged-{step}")
+            if not to.exists():
+                break
+        with contextlib.suppress(FileNotFoundError):  # another host was faster
+            (self.directory / str(step)).rename(to)
+        return to
+
+    def damaged(self) -> list[Path]:
+        """What `set_aside` has moved."""
+        return list(self.run_dir.glob("damaged-*"))
 
     def facts(self, step: int) -> Facts:
-        """Raises UserError if the checkpoint is damaged."""
-        return _read_facts(self.directory / str(step))
+        """Raises Damaged."""
+        return _read_record(self.directory / str(step))[0]
 
     def has_optimizer(self, step: int) -> bool:
         """False for imported weights that came without their optimizer's state."""
-        return (self.directory / str(step) / "opt_state").is_dir()
+        return "opt_state" in _read_record(self.directory / str(step))[1]
 
     def restore(self, step: int, **targets: Any) -> dict[str, Any]:
         """Load `params` and/or `opt_state` as given: trees of jax.ShapeDtypeStruct with a
         sharding each, so that a checkpoint opens on any number of devices.
 
         Raises:
-            UserError: the checkpoint is damaged or holds another model.
+            Damaged: a file is missing, cut short or changed, or it is another model's.
         """
+        where = f"the checkpoint {self.directory}/{step}"
+        _, digests = _read_record(self.directory / str(step))
         try:
-            return self._orbax.load_checkpointables(step, targets)
+            loaded = ocp.load_checkpointables(self.directory / str(step), targets)
         except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
+            # Orbax leaves reads behind that nobody waits for any more.
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             reason = _gist(error)
             if "incompatible handler" in reason:
-                reason = "it is damaged; move it away to go on from the one before"
-            raise UserError(
-                f"the checkpoint {self.directory}/{step} cannot be read: {reason}"
-            ) from error
+                reason = "a part of it is missing"
+            raise Damaged(f"{where} cannot be read: {reason}") from error
+        for part, tree in loaded.items():
+            for array, (number, _) in _digests(tree).items():
+                if digests.get(part, {}).get(array) != number:
+                    raise Damaged(f"{where} is damaged: {part}{array} is not what was saved")
+        return loaded
+
+
+@jax.jit
+def _digest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(uint32 [], whether all is finite). A sum of hashes of each number and its place, modulo
+    2**32: the same wherever the parts of `x` lie."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return mix(mix(place) ^ bits).sum(dtype=jnp.uint32), jnp.isfinite(x).all()
+
+
+def _digests(tree: Any) -> dict[str, tuple[int, bool]]:
+    """{array's path: its digest}, of 32-bit arrays."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    found = [(jax.tree_util.keystr(path), _digest(x)) for path, x in leaves]
+    return {path: (int(number), bool(finite)) for path, (number, finite) in found}
 
 
 def _writing() -> ocp.Context:
@@ -205,66 +343,124 @@ class Loaded(NamedTuple):
     """Where it was asked for, and is there."""
 
 
+def on_one_device(shapes: Any) -> Any:
+    """Targets for `Checkpoints.restore`."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+
+
 def load(
     run_dir: Path,
     name: str,
-    sharding: jax.sharding.Sharding | None = None,
+    targets: Callable[[Any], Any] = on_one_device,
     *,
     optimizer: bool = False,
 ) -> Loaded:
-    """The checkpoint `name` ("latest", "best" or a step), on one device or as `sharding` says.
+    """The checkpoint `name` ("latest", "best" or a step), where `targets` says. Where that one is
+    damaged, the next newest or best, with a warning.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: there is no such run or checkpoint, or none that is whole.
     """
     with Checkpoints(run_dir) as checkpoints:
-        step = checkpoints.resolve(name)
-        facts = checkpoints.facts(step)
-        params = jax.eval_shape(lambda: init_params(facts.config.model, 0))
-        wanted = {"params": params}
-        if optimizer and checkpoints.has_optimizer(step):
-            wanted["opt_state"] = jax.eval_shape(optim.optimizer(facts.config).init, params)
-        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        targets = {part: abstract(tree, sharding or one_device) for part, tree in wanted.items()}
-        return Loaded(step, facts, **checkpoints.restore(step, **targets))
+        problem: Damaged | None = None
+        for step in checkpoints.candidates(name):
+            try:
+                facts = checkpoints.facts(step)
+                params = jax.eval_shape(functools.partial(init_params, facts.config.model, 0))
+                wanted = {"params": params}
+                if optimizer and checkpoints.has_optimizer(step):
+                    wanted["opt_state"] = jax.eval_shape(optim.optimizer(facts.config).init, params)
+                parts = {part: targets(shapes) for part, shapes in wanted.items()}
+                found = checkpoints.restore(step, **parts)
+            except Damaged as error:
+                problem = problem or error
+                continue
+            if problem:
+                print(f"warning: {problem}; step {step} is taken instead", file=sys.stderr)
+            return Loaded(step, facts, **found)
+        assert problem is not None
+        raise problem
 
 
 def newest_facts(run_dir: Path) -> Facts | None:
-    """Of the newest checkpoint of a run, without waking Orbax or JAX; None where there is none.
+    """Of the newest checkpoint of a run that can be read, without waking Orbax or JAX; None where
+    there is no checkpoint.
 
     Raises:
-        UserError: it is damaged.
+        Damaged: none can be read.
     """
-    steps = [p for p in run_dir.glob("checkpoints/*") if p.name.isdecimal()]
-    return _read_facts(max(steps, key=lambda p: int(p.name))) if steps else None
+    problem: Damaged | None = None
+    for path in sorted(_finished(run_dir), key=lambda path: -int(path.name)):
+        try:
+            return _read_record(path)[0]
+        except Damaged as error:
+            problem = problem or error
+    if problem:
+        raise problem
+    return None
 
 
-def _read_facts(checkpoint: Path) -> Facts:
+def _finished(run_dir: Path) -> list[Path]:
+    """On a disk a checkpoint gets its name when it is whole, in a bucket this file."""
+    named = [p for p in run_dir.glob("checkpoints/*") if re.fullmatch("0|[1-9][0-9]*", p.name)]
+    if places.is_remote(run_dir):
+        return [path for path in named if (path / COMMITTED).exists()]
+    return named
+
+
+def _remove(folder: Path) -> None:
+    if places.is_remote(folder):
+        folder.rmtree()  # type: ignore[attr-defined]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _facts_to_json(facts: Facts) -> dict[str, Any]:
+    fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
+    return fields | {"config": json.loads(config_lib.to_json(facts.config))}
+
+
+def _signed(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with the hash of all else in it, as `sha256`."""
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    text = json.dumps(rest, sort_keys=True)
+    return rest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _read_record(checkpoint: Path) -> tuple[Facts, dict[str, dict[str, int]]]:
+    """(facts, the digest of each array of each part).
+
+    Raises:
+        Damaged: it is not what was written.
+        UserError: it has settings that this version does not know.
+    """
     # Orbax's own reader of this file would open every array's metadata besides.
     try:
-        text = (checkpoint / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
-        metadata = json.loads(text)["custom_metadata"]
-        return Facts(
-            config_lib.from_json(json.dumps(metadata["config"]), str(checkpoint)),
-            metadata["tokenizer"],
-            metadata["data_fingerprint"],
-            metadata["best_val_loss"],
+        text = (checkpoint / METADATA).read_text(encoding="utf-8")
+        record = json.loads(text)["custom_metadata"]
+        if record != _signed(record):
+            raise ValueError
+        facts = Facts(
+            config=config_lib.from_json(json.dumps(record["facts"].pop("config")), str(checkpoint)),
+            **record["facts"],
         )
+        if facts.config.model.vocab_size is None or not isinstance(facts.tokenizer, str):
+            raise TypeError
+        for loss in (facts.best_val_loss, facts.val_loss):
+            float(loss or 0)
+        return facts, record["digests"]
     except OSError as error:
-        raise UserError(f"cannot read the checkpoint {checkpoint}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the checkpoint {checkpoint} is damaged ({type(error).__name__} in its metadata);"
-            " move it away to go on from the one before"
-        ) from error
+        raise Damaged(f"cannot read the checkpoint {checkpoint}: {_gist(error)}") from error
+    except UserError:  # whole, but of another version
+        raise
+    except Exception as error:  # a file that is not ours can fail in any way
+        raise Damaged(f"the checkpoint {checkpoint} is damaged: its metadata changed") from error
 
 
 def _gist(error: Exception) -> str:
     """Tensorstore's long messages end in the system's words."""
     system = re.search(r": ([^:]+) \[os_error", str(error))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return system[1] if system else first_line(error)
-
-
-def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """`tree` (arrays or their shapes) as a target for `Checkpoints.restore`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

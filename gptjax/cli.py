@@ -4,13 +4,16 @@ import contextlib
 import io
 import os
 import re
+import select
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import tyro
 
+from gptjax import watch
 from gptjax.config import flatten
 from gptjax.errors import UserError
 
@@ -134,13 +137,43 @@ def status(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
+class StopSignal:
+    """While it is entered, Ctrl-C, SIGTERM and SIGHUP are a wish: `number` is the last of them, 0
+    before. A second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _received(self, number: int, _: Any) -> None:
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # Not through Python's streams, which may be in the middle of a line. The last characters
+        # show the cursor again, should a second signal leave no time to.
+        text = f"\n{signal.Signals(number).name}: finishing what is in hand, then saving"
+        text += "; Ctrl-C leaves at once\n" + ("\033[?25h" if sys.stderr.isatty() else "")
+        with contextlib.suppress(OSError):
+            if select.select([], [2], [], 0)[1]:  # a full pipe must not hold us up
+                os.write(2, text.encode())
+
+
 def run(main: Callable[[list[str]], None]) -> int:
     """Call `main` with the command line; the process's exit code."""
     # Closed by the caller (>&-): nobody listens.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    # As Ctrl-C does, SIGTERM unwinds: what is half done gets cleaned up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
@@ -149,25 +182,57 @@ def run(main: Callable[[list[str]], None]) -> int:
         sys.stdout.flush()
     except UserError as error:
         return _failed(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it has been heard
+        with contextlib.suppress(OSError):
+            print("stopped; nothing is left half done", file=sys.stderr)
+        return _ended(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
+        return _ended(141)
     except MemoryError:
         return _failed(OUT_OF_MEMORY, 1)
     except OSError as error:
         if error.strerror is None:  # not the system's: a bug, or a library's
+            _show_bug()
             raise
         where = f"{error.filename}: " if error.filename else ""
         return _failed(f"{where}{error.strerror}", 1)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return _failed(OUT_OF_MEMORY, 1)
+        if watch.is_loss(error):
+            return _failed(watch.GONE, 1)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _failed(OUT_OF_MEMORY, 1)
+        _show_bug()
+        raise
+    except Exception:
+        _show_bug()
+        raise
     return 0
+
+
+def _show_bug() -> None:
+    """Where there are other hosts this is the last word, else Python prints it."""
+    if watch.Watch.active:
+        traceback.print_exc()
+        _ended(1)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM unwinds as Ctrl-C does: what is half done gets cleaned up."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def _failed(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
+    return _ended(code)
+
+
+def _ended(code: int) -> int:
+    sys.stderr.flush()
+    watch.failed(code)
     return code

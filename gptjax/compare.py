@@ -33,18 +33,20 @@ from gptjax import (
     cli,
     corpus,
     data,
+    devices,
     evaluate,
     generate,
     model,
     optim,
-    parallel,
     state_dict,
     tokenizers,
     train,
     weights,
 )
 from gptjax.config import LARGEST, DeviceKind, ModelConfig, TrainConfig
+from gptjax.data import Tokens
 from gptjax.errors import RunError, UserError
+from gptjax.places import place
 from gptjax.reference import Against, Precision, Reference
 from gptjax.state_dict import PREFIX
 from gptjax.tokenizers import Tokenizer
@@ -224,9 +226,6 @@ def _compare_greedy(
     return Row(f"greedy tokens, {at} of {count} the same", share, share, limits.greedy)
 
 
-_train_step = jax.jit(train.train_step, static_argnames="config", donate_argnames="state")
-
-
 def _our_state(params: Any, config: TrainConfig) -> train.TrainState:
     """Step 0 with a copy of the parameters, which the steps may consume."""
     params = jax.tree.map(jnp.copy, params)
@@ -299,7 +298,7 @@ def _compare_training(
     rows = []
     for i in range(config.max_steps):
         windows = batch(i)
-        state, metrics = _train_step(state, windows[None], config=config)
+        state, metrics = _train_step(state, train.whole_batch(windows[None]), config=config)
         theirs = reference.backward(windows)
         update(i)
         name = f"step {i + 1} of training, loss {theirs:.5f}"
@@ -389,7 +388,7 @@ class CompareFlags:
 
 def read_tokens(
     text: str | None, config: TrainConfig, tokenizer: Tokenizer, seed: int
-) -> tuple[np.ndarray, str]:
+) -> tuple[Tokens, str]:
     """(ids, where they come from): the text, the run's data folder, or random ones."""
     if text:
         return evaluate.read_text(text, tokenizer).tokens, text
@@ -407,9 +406,9 @@ def main(argv: list[str]) -> None:
     named, flags = cli.parse(CompareFlags(), argv, "python -m gptjax.compare", "RUN_DIR")
     if not named:
         raise UserError("which run? python -m gptjax.compare RUN_DIR")
-    parallel.use_platform(flags.device)
-    parallel.use_compilation_cache(corpus.cache_dir() / "xla")
-    loaded = checkpoint.load(Path(named[0]), flags.checkpoint)
+    devices.use_platform(flags.device)
+    devices.use_compilation_cache(corpus.cache_dir() / "xla")
+    loaded = checkpoint.load(place(named[0]), flags.checkpoint)
     tokenizer = tokenizers.from_json(loaded.facts.tokenizer, named[0])
     settings = loaded.facts.config
     dtype = flags.precision
@@ -429,7 +428,7 @@ def main(argv: list[str]) -> None:
     )
     reference = Reference(loaded.params, network, flags.against, flags.precision)
     print(
-        f"gptjax (JAX {jax.__version__}, {parallel.describe()}) against {flags.against}"
+        f"gptjax (JAX {jax.__version__}, {devices.describe()}) against {flags.against}"
         f" (PyTorch {torch.__version__}), {flags.precision}: {network.num_parameters():,}"
         f" parameters of {named[0]}, step {loaded.step}; {flags.batch_size} x {length} tokens of"
         f" {where}; attention by {model.attention_kernel(network, train=True)[0]}",

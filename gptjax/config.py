@@ -3,23 +3,25 @@
 import dataclasses
 import difflib
 import json
-import math
-import os
 import re
 import runpy
+import sys
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, shown
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 LARGEST = 2**31
 """Whole numbers are int32 on devices."""
 
+MOST_LAYERS = 100_000
+
 DeviceKind = Literal["auto", "cpu", "gpu", "tpu"]
+StrategyKind = Literal["pmap", "fsdp"]
 TokenizerKind = Literal["char", "gpt2", "sentencepiece"]
 
 
@@ -111,6 +113,8 @@ class ModelConfig:
         out = _outside(self, 0, "n_layer", "scan_unroll")
         out += _outside(self, 1, "n_head", "n_embd", "block_size", "attention_window")
         out += _outside(self, 1, "vocab_size", "vocab_multiple")
+        if self.n_layer > MOST_LAYERS:  # each takes room, even where only shapes are made
+            out.append(f"model.n_layer {self.n_layer} must be at most {MOST_LAYERS}")
         if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
             near = [h for h in range(1, min(self.n_embd, 4096) + 1) if self.n_embd % h == 0]
             close = sorted(sorted(near, key=lambda h: abs(h - self.n_head))[:3])
@@ -157,11 +161,63 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """How the devices share the work."""
+
+    strategy: StrategyKind = "pmap"
+    """pmap: every device holds the whole model and its optimizer state (16 bytes a parameter).
+    fsdp: each holds a share and puts weights together layer by layer: for models that one device
+    cannot hold. The same numbers, the same checkpoints."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How several hosts find each other. All None: by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID, or by what SLURM or a TPU pod says; else there is one host."""
+
+    coordinator_address: str | None = None
+    """host:port of process 0, which all hosts can reach."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+    initialization_timeout: int = 1800
+    """Seconds to wait for the others at the start; a pod may take long to come up."""
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a host counts as dead, and the others end."""
+
+    def problems(self) -> list[str]:
+        """Each setting that is out of range, in words."""
+        out = _outside(self, 1, "num_processes", "initialization_timeout", "heartbeat_timeout")
+        out += _outside(self, 0, "process_id")
+        named = (self.coordinator_address, self.num_processes, self.process_id)
+        if None in named and any(value is not None for value in named):
+            out.append(
+                "distributed.coordinator_address, num_processes and process_id go together:"
+                " give all three, or none"
+            )
+        elif self.coordinator_address and not re.fullmatch(
+            r"\S+:\d{1,5}", self.coordinator_address
+        ):
+            out.append(
+                f"distributed.coordinator_address {self.coordinator_address!r} is not host:port"
+            )
+        if (self.process_id or 0) >= (self.num_processes or LARGEST):
+            out.append(
+                f"distributed.process_id {self.process_id} is not below num_processes"
+                f" {self.num_processes}; they count from 0"
+            )
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    distributed: DistributedConfig = DistributedConfig()
     run_dir: str | None = None
     """Where checkpoints and metrics go; a run that exists there is resumed. None: runs/ and the
     config's name."""
@@ -214,6 +270,12 @@ class TrainConfig:
     """Kind of device to train on. auto: the fastest kind that is there."""
     num_devices: int | None = None
     """CPU devices to split this machine's cores into. None: one, which uses all of them."""
+    dry_run: bool = False
+    """Compile the training step, say what it needs of each device's memory and whether that is
+    there, and end. (Where only the text can tell the vocabulary, it is prepared.)"""
+    device_memory: float | None = None
+    """Memory of one device, in GiB, for a dry run to compare with (of devices that are not here,
+    say). None: what the device has; of a CPU what is free."""
 
     @property
     def decay_steps(self) -> int:
@@ -226,7 +288,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """Each setting that is out of range, in words."""
-        out = self.model.problems() + self.data.problems()
+        out = self.model.problems() + self.data.problems() + self.distributed.problems()
         out += _outside(self, 0, "seed", "warmup_steps", "sample_tokens")
         if self.num_devices and self.num_devices > 1024:
             out.append(f"num_devices {self.num_devices} must be at most 1024")
@@ -238,8 +300,11 @@ class TrainConfig:
         out += _outside(self, 1, "keep_checkpoints", "num_devices", "lr_decay_steps")
         for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                out.append(f"{name} {value} must be a number of at least 0")
+            # Not `isfinite`, which has no answer for a whole number that no float holds.
+            if not 0 <= value <= sys.float_info.max:
+                out.append(f"{name} {value} must be a finite number of at least 0")
+        if self.device_memory is not None and not self.device_memory > 0:
+            out.append(f"device_memory {self.device_memory} must be a number above 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 out.append(f"{name} {getattr(self, name)} is outside [0, 1)")
@@ -270,13 +335,13 @@ FINETUNE = TrainConfig(data=DataConfig(source=None), learning_rate=3e-5, min_lr=
 that."""
 
 # What may change when a run is resumed: it alters reports, places and speed, but no number of the
-# training beyond rounding (and, on other devices, which dropout masks are drawn). A data set may
-# move: the fingerprint of its tokens is compared.
+# training beyond rounding. A data set may move: the fingerprint of its tokens is compared.
 RESUME_MAY_CHANGE = {
-    *("run_dir", "max_steps", "device", "num_devices"),
+    *("run_dir", "max_steps", "device", "num_devices", "dry_run", "device_memory"),
     *("log_interval", "eval_interval", "eval_batches", "eval_full_split"),
     *("save_interval", "keep_checkpoints", "sample_tokens"),
-    *("data.dir", "model.attention", "model.scan_unroll", "model.remat"),
+    *("data.dir", "model.attention", "model.scan_unroll", "model.remat", "parallel.strategy"),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig)),
 }
 
 
@@ -349,13 +414,6 @@ def to_json(config: TrainConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
-def write(path: Path, config: TrainConfig) -> None:
-    """As JSON, all at once, so that a kill leaves the old file or the new one."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(to_json(config) + "\n")
-    os.replace(scratch, path)
-
-
 def from_json(text: str, where: str) -> TrainConfig:
     """The inverse of `to_json`; `where` names the source in errors.
 
@@ -404,11 +462,13 @@ def _with_near_miss(error: Exception) -> str:
 def _build(cls: Any, data: Any, prefix: str, problems: list[str]) -> Any:
     """A dataclass from a plain dict, adding to `problems` what does not fit."""
     if not isinstance(data, dict):
-        problems.append(f"{prefix.rstrip('.') or 'config'} is {data!r}; expected an object")
+        problems.append(f"{prefix.rstrip('.') or 'config'} is {shown(data)}; expected an object")
         return cls()
     hints = typing.get_type_hints(cls)
     values = {}
     for key, value in data.items():
+        if len(problems) == 100:
+            break  # more than a message holds, and each takes time
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
@@ -419,7 +479,7 @@ def _build(cls: Any, data: Any, prefix: str, problems: list[str]) -> Any:
             values[key] = tuple(value) if isinstance(value, list) else value
         else:
             kind = getattr(hints[key], "__name__", str(hints[key])).replace("typing.", "")
-            problems.append(f"{prefix}{key} is {value!r}; expected {kind}")
+            problems.append(f"{prefix}{key} is {shown(value)}; expected {kind}")
     return cls(**values)
 
 
@@ -440,7 +500,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _outside(config: Any, least: int, *names: str) -> list[str]:
     """What is wrong with whole numbers that must lie in [least, LARGEST)."""
-    prefix = {ModelConfig: "model.", DataConfig: "data."}.get(type(config), "")
+    parts = {ModelConfig: "model.", DataConfig: "data.", DistributedConfig: "distributed."}
+    prefix = parts.get(type(config), "")
     out = []
     for name in names:
         value = getattr(config, name)

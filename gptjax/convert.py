@@ -23,9 +23,9 @@ from gptjax import (
     checkpoint,
     cli,
     data,
+    devices,
     hf_tokenizer,
     optim,
-    parallel,
     state_dict,
     tokenizers,
     weights,
@@ -33,7 +33,8 @@ from gptjax import (
 from gptjax import config as config_lib
 from gptjax.checkpoint import Checkpoints, Facts
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.errors import RunError, UserError, first_line
+from gptjax.errors import RunError, UserError, first_line, shown
+from gptjax.places import place, replace_file
 from gptjax.state_dict import HEAD, PREFIX
 from gptjax.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 
@@ -95,7 +96,8 @@ def _from_hf_config(settings: dict[str, Any], where: str) -> tuple[ModelConfig, 
     }
     default = {name: allowed[0] for name, allowed in required.items()}
     wrong = [
-        f"{name} {settings.get(name, default[name])!r} (expected {' or '.join(map(repr, allowed))})"
+        f"{name} {shown(settings.get(name, default[name]))}"
+        f" (expected {' or '.join(map(shown, allowed))})"
         for name, allowed in required.items()
         if settings.get(name, default[name]) not in allowed
     ]
@@ -135,7 +137,7 @@ def _checked(model: dict[str, Any], where: str) -> ModelConfig:
 def _settings(fields: dict[str, Any], where: str) -> TrainConfig:
     try:
         text = json.dumps(fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} holds more than plain values: {error}") from None
     return config_lib.from_json(text, where)
 
@@ -149,13 +151,15 @@ def read_nanogpt(
         UserError: the file is damaged, would run code, or is another model's.
     """
     saved = weights.load_torch_file(path)
-    if not isinstance(saved, dict) or not isinstance(saved.get("model_args"), dict):
+    # Of the very type: a file may overwrite the methods of an OrderedDict.
+    if type(saved) is not dict or type(saved.get("model_args")) is not dict:
         raise UserError(f"{path} is not nanoGPT's: expected `model` and `model_args` in it")
     where, settings = str(path), saved.get("config")
-    settings = settings if isinstance(settings, dict) else {}
+    settings = settings if type(settings) is dict else {}
     # nanoGPT always ties the head. It computed GELU by its tanh form until 2023, and by its exact
     # formula since; the file does not say.
     fields = {"bias": True, "gelu": gelu, "tied_head": True} | saved["model_args"]
+    _check_plain(fields, f"{where}, model_args")
     model = _checked(fields, f"{where}, model_args")
     try:
         config = _from_nanogpt_settings(settings, model, f"{where}, config")
@@ -166,16 +170,26 @@ def read_nanogpt(
                                    "out_in", where)  # fmt: skip
     step = saved.get("iter_num", 0)
     if not isinstance(step, int) or not 0 <= step < config_lib.LARGEST:
-        raise UserError(f"{where}: iter_num is {step!r}; expected a step's number")
+        found = shown(step) if isinstance(step, int) else type(step).__name__
+        raise UserError(f"{where}: iter_num is {found}; expected a step's number")
     state = saved.pop("optimizer", None) if optimizer else None
+    has_state = state is not None and state != {}
     return Imported(
         config,
         params,
         where,
         path.parent,
-        step if state else 0,
-        _from_torch_adamw(state, config, where) if state else None,
+        step if has_state else 0,
+        _from_torch_adamw(state, config, where) if has_state else None,
     )
+
+
+def _check_plain(fields: dict[str, Any], where: str) -> None:
+    """A pickle's lists may hold one another so often that no text could spell them."""
+    for name, value in fields.items():
+        if not isinstance(value, (str, int, float, type(None))):
+            kind = type(value).__name__
+            raise UserError(f"{where}: {shown(name)} is a {kind}; expected a number, text or none")
 
 
 def _from_nanogpt_settings(settings: dict[str, Any], model: ModelConfig, where: str) -> TrainConfig:
@@ -189,6 +203,7 @@ def _from_nanogpt_settings(settings: dict[str, Any], model: ModelConfig, where: 
         "batch_size": "batch_size", "eval_iters": "eval_batches",
     }  # fmt: skip
     fields = {ours: settings[theirs] for theirs, ours in names.items() if theirs in settings}
+    _check_plain(fields, where)
     if settings.get("decay_lr") is False:
         rate = fields.get("learning_rate", config_lib.FINETUNE.learning_rate)
         fields |= {"min_lr": rate, "warmup_steps": 0}
@@ -223,8 +238,10 @@ def _from_torch_adamw(saved: Any, config: TrainConfig, where: str) -> Any:
         if len(counts) != 1 or not 0 <= min(counts) < config_lib.LARGEST:
             raise ValueError(f"its parameters were updated {sorted(counts)} times")
         if rest:
-            raise ValueError(f"left over: {rest[0]}")
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"left over: {shown(rest[0])}")
+    except (
+        LookupError, TypeError, ValueError, OverflowError, RuntimeError, AttributeError,
+    ) as error:  # fmt: skip
         raise UserError(
             f"{where}: `optimizer` is not AdamW's state of this model ({first_line(error)}){advice}"
         ) from None
@@ -290,7 +307,7 @@ def find_tokenizer(asked: str | None, folder: Path, rows: int) -> Tokenizer:
             f"no tokenizer lies beside the weights, and {rows} ids are not GPT-2's; name the folder"
             " of one with --tokenizer (nanoGPT's data folder with meta.pkl, say)"
         )
-    if not 0 <= rows - found.n_vocab <= MOST_PADDING:
+    if not found.n_vocab or not 0 <= rows - found.n_vocab <= MOST_PADDING:
         raise UserError(
             f"the {found.kind} tokenizer has {found.n_vocab} ids, but the model knows {rows}; name"
             " another with --tokenizer"
@@ -322,8 +339,8 @@ def write_run(model: Imported, tokenizer: Tokenizer, run_dir: Path) -> TrainConf
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with Checkpoints(run_dir, config.keep_checkpoints) as checkpoints:
-            checkpoints.save(model.step, model.params, model.opt_state, facts, None)
-        config_lib.write(run_dir / "config.json", config)
+            checkpoints.save(model.step, model.params, model.opt_state, facts)
+        replace_file(run_dir / "config.json", config_lib.to_json(config) + "\n")
     except OSError as error:
         raise RunError(f"cannot write {run_dir}: {error.strerror}") from None
     return config
@@ -562,14 +579,14 @@ def main(argv: list[str]) -> None:
         named, importing = cli.parse(ImportFlags(), rest, prog, "SOURCE RUN_DIR")
         if len(named) < 2:
             raise UserError(f"which model, and where to? {prog} SOURCE RUN_DIR")
-        parallel.use_platform("cpu")
-        import_model(named[0], Path(named[1]), importing)
+        devices.use_platform("cpu")
+        import_model(named[0], place(named[1]), importing)
     elif command == "export":
         named, exporting = cli.parse(ExportFlags(), rest, prog, "RUN_DIR DIR")
         if len(named) < 2:
             raise UserError(f"which run, and where to? {prog} RUN_DIR DIR")
-        parallel.use_platform("cpu")
-        export(Path(named[0]), Path(named[1]), exporting)
+        devices.use_platform("cpu")
+        export(place(named[0]), Path(named[1]), exporting)
         print(f"wrote {named[1]} ({exporting.format})")
         if (Path(named[1]) / "meta.pkl").exists():
             print(

@@ -161,7 +161,7 @@ def _jsonl_texts(path: Path) -> Iterator[str]:
             some = True
             try:
                 document = json.loads(line)
-            except ValueError:  # UnicodeDecodeError is one
+            except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
                 raise UserError(f"{path}, line {number} is not JSON in UTF-8") from None
             text = document.get("text") if isinstance(document, dict) else None
             if not isinstance(text, str):

@@ -8,7 +8,10 @@ the vocabulary needs it, as nanoGPT's), `meta.json` and `tokenizer.json`.
 
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -21,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -30,7 +33,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from gptjax import cli, tokenizers
 from gptjax.config import DataConfig, TokenizerKind
 from gptjax.corpus import find_files, read_documents
-from gptjax.errors import RunError, UserError
+from gptjax.errors import RunError, UserError, first_line
 from gptjax.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 
 # sentencepiece learns from at most this many characters, taken evenly from the whole text.
@@ -71,15 +74,34 @@ def prepare(
 @contextlib.contextmanager
 def made_whole(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out`, which takes its name when the block ends without an error and
-    goes away otherwise. OSError where it cannot."""
+    goes away otherwise; those that killed processes have left go too. OSError where it cannot."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with contextlib.ExitStack() as held:
+        with _held(out.parent):  # nobody looks for leftovers while another one begins
+            for left in out.parent.glob(f".{glob.escape(out.name)}.*"):
+                with contextlib.suppress(OSError), _held(left, fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            held.callback(shutil.rmtree, unfinished, ignore_errors=True)
+            held.enter_context(_held(unfinished))
         yield unfinished
         unfinished.chmod(0o755)
         os.rename(unfinished, out)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, how: int = 0) -> Iterator[None]:
+    """Locked, as long as this process lives; with LOCK_NB, OSError where another one holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | how)
+        except OSError:  # without LOCK_NB: a network file system that has no locks
+            if how:
+                raise
+        yield
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _prepare_into(
@@ -249,12 +271,47 @@ def is_made_with(folder: Path, tokenizer: Tokenizer) -> bool:
 # ---------------------------------------------------------------------------------- load
 
 
+class TokenFile:
+    """The tokens of a .bin file. Slices are read when they are asked for. (A memory map would do as
+    well, until somebody cuts the file short: then it kills the process, without a word.)"""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype = path, dtype
+        self._file = path.open("rb")
+        self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Raises RunError where the file cannot be read, or is shorter than when it was opened."""
+        start, stop, _ = part.indices(self._length)
+        size = max(0, stop - start) * self.dtype.itemsize
+        at, pieces = start * self.dtype.itemsize, list[bytes]()
+        try:
+            # The system may give less at a time than it is asked for.
+            while size and (piece := os.pread(self._file.fileno(), size, at)):
+                pieces.append(piece)
+                at, size = at + len(piece), size - len(piece)
+        except OSError as error:
+            raise RunError(f"cannot read {self.path}: {error.strerror}") from None
+        if size:
+            raise RunError(
+                f"{self.path} is shorter than when it was opened; restore it or prepare it again,"
+                " and resume"
+            )
+        return np.frombuffer(b"".join(pieces), self.dtype)
+
+
+Tokens = np.ndarray | TokenFile
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A prepared set: memory-mapped tokens, their tokenizer, and a fingerprint of their bytes."""
+    """A prepared set: its tokens, their tokenizer, and a fingerprint of their bytes."""
 
-    train: np.ndarray
-    val: np.ndarray
+    train: TokenFile
+    val: TokenFile
     tokenizer: Tokenizer
     fingerprint: str
 
@@ -282,7 +339,7 @@ def load(folder: Path) -> Dataset:
         size = path.stat().st_size
         if size % dtype.itemsize or size == 0:
             raise UserError(f"{path} is damaged: {size} bytes are not whole {dtype.name} tokens")
-        tokens = np.memmap(path, dtype=dtype, mode="r")
+        tokens = TokenFile(path, dtype)
         if len(tokens) != meta.get(f"{split}_tokens", len(tokens)):
             raise UserError(
                 f"{path} holds {len(tokens):,} tokens, but meta.json says"
@@ -306,7 +363,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     where = folder / "meta.json"
     try:
         meta = json.loads(where.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} is damaged ({error}); prepare it again") from None
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} is damaged: no tokenizer.json; prepare it again")
@@ -317,8 +374,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain dicts, strings and numbers; refuses to import, and so to run, anything."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads plain dicts, lists, strings and numbers; refuses to import, and so to run, anything.
+
+    Python's own, not the one in C, which sets memory aside for any place of its memo that a file
+    names. Tuples in tuples would overflow the stack when hashed, a bytearray may be of any size.
+    """
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds more than dicts, lists, strings and numbers")
+
+    _ODD = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + pickle.BYTEARRAY8
+    dispatch: ClassVar[Any] = pickle._Unpickler.dispatch | dict.fromkeys(_ODD, _refuse)
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
@@ -345,17 +412,17 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file:
-            itos = _PlainUnpickler(file).load()["itos"]
+        # In memory, where a string that claims to be longer than the file takes no room.
+        itos = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
         characters = [itos[i] for i in range(len(itos))]
         if not all(isinstance(char, str) and len(char) == 1 for char in characters):
             raise ValueError("its tokens are not single characters")
         return CharTokenizer("".join(characters))
     except Exception as error:  # a pickle can fail in any way; none of them may pass
-        raise UserError(f"{path} is not nanoGPT's plain meta.pkl: {error}") from None
+        raise UserError(f"{path} is not nanoGPT's plain meta.pkl: {first_line(error)}") from None
 
 
-def _fingerprint(tokens: np.ndarray, digest: Any) -> int:
+def _fingerprint(tokens: Tokens, digest: Any) -> int:
     """Feed the length and evenly spaced blocks (all of a small set) to `digest`; the largest id
     seen."""
     block = FINGERPRINT_BLOCK // tokens.dtype.itemsize
@@ -374,7 +441,7 @@ def _fingerprint(tokens: np.ndarray, digest: Any) -> int:
 
 
 def batch_at(
-    tokens: np.ndarray,
+    tokens: Tokens,
     seed: int,
     step: int,
     *,
@@ -422,7 +489,7 @@ def spans(
 
 
 def windows_at(
-    tokens: np.ndarray, some: Sequence[Span], block_size: int, rows: int
+    tokens: Tokens, some: Sequence[Span], block_size: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """int32 [rows, block_size + 1] windows and float32 [rows, block_size] weights: 1 for targets
     that a span predicts, 0 for its context, past its end, and in rows beyond the spans."""

@@ -1,15 +1,37 @@
 """The one kind of failure a user sees: a single line, no traceback, a non-zero exit code."""
 
+from typing import Any
+
+# A longer message loses its middle: what comes last says what to do.
+LONGEST = 3000
+
 
 class UserError(Exception):
     """Bad input. The message says what was wrong, what was expected and what to do."""
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        """One line, whatever names and values of a file the message quotes."""
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        cut = LONGEST // 2
+        return text if len(text) <= LONGEST else f"{text[:cut]} ... {text[-cut:]}"
+
+
+def shown(value: Any) -> str:
+    """A value of a file, to quote it in a message."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # more digits, or deeper, than Python spells
+        return f"a {type(value).__name__} too large to show"
+
 
 def first_line(error: BaseException) -> str:
     """The gist of another library's message."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    try:
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    except (ValueError, RecursionError):  # a KeyError spells its key: see `shown`
+        return type(error).__name__
 
 
 class RunError(UserError):

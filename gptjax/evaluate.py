@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -23,15 +23,17 @@ from gptjax import (
     cli,
     corpus,
     data,
+    devices,
     parallel,
     tokenizers,
     train,
 )
 from gptjax.checkpoint import Facts
 from gptjax.config import LARGEST, DeviceKind, ModelConfig
+from gptjax.data import Tokens
 from gptjax.errors import UserError
 from gptjax.generate import bucket
-from gptjax.model import apply
+from gptjax.places import place
 from gptjax.tokenizers import Tokenizer
 
 ENDINGS = 4
@@ -41,10 +43,15 @@ DECODED = 1 << 20
 """Tokens that are turned into text at a time, to count characters."""
 
 
+Losses = Callable[..., tuple[np.ndarray, int]]
+"""`train.eval_step` as a `parallel.Strategy` maps it, with the parameters given: (this host's
+windows and weights, its stop signal or 0) -> (nats of every host's rows, the largest signal)."""
+
+
 class Text(NamedTuple):
     """What is to be predicted: every token but the first."""
 
-    tokens: np.ndarray
+    tokens: Tokens
     """int [n]."""
     characters: int
     """Of what is predicted."""
@@ -89,14 +96,14 @@ def read_split(
     return _predicted(tokens, *_spelled(tokens, tokenizer), tokenizer)
 
 
-def _predicted(tokens: np.ndarray, characters: int, size: int, tokenizer: Tokenizer) -> Text:
+def _predicted(tokens: Tokens, characters: int, size: int, tokenizer: Tokenizer) -> Text:
     """Less the first token's text, unless that ends with half a character."""
-    first = tokenizer.decode(tokens[:1].tolist()) if tokens[0] != tokenizer.eot else ""
+    first = tokenizer.decode(tokens[:1].tolist()) if tokens[:1] != tokenizer.eot else ""
     first = "" if first.endswith("\ufffd") else first
     return Text(tokens, characters - len(first), size - len(first.encode()))
 
 
-def _spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+def _spelled(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
     """(characters, bytes) of the text, without end-of-text tokens, a part at a time."""
     characters = size = at = 0
     while at < len(tokens):
@@ -113,35 +120,31 @@ def _spelled(tokens: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
 
 
 def span_loss(
-    step: Callable[..., Any],
-    params: Any,
-    tokens: np.ndarray,
+    losses: Losses,
+    tokens: Tokens,
     some: Sequence[data.Span],
     config: ModelConfig,
     rows: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[float, int]:
-    """(nats in all, tokens predicted).
+    stop: Callable[[], int] = lambda: 0,
+) -> tuple[float, int] | None:
+    """(nats in all, tokens predicted); None where a host's `stop` is no longer 0.
 
     Args:
-        step: `train.eval_step` under `parallel.map_eval_step`.
-        params: stacked over the devices, as `parallel.replicate` makes them.
         some: of `data.spans`.
         rows: windows at a time, over all devices.
     """
     mine = parallel.host_rows(rows)
-    loss = count = 0.0
+    loss, count = 0.0, 0
     for at in range(0, len(some), rows):
         windows, weights = data.windows_at(tokens, some[at : at + rows], config.block_size, rows)
         data.check_ids(windows, config.vocab_size)
-        share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (windows, weights))
-        sums = step(params, *share)
-        # Wait for each: steps that do not depend on one another, in flight together, can starve
-        # XLA's CPU collectives of threads until they give up.
-        got = parallel.fetch({"loss": sums[0], "count": sums[1]})
-        loss, count = loss + got["loss"], count + got["count"]
+        sums, stopped = losses(windows[mine], weights[mine], stop())
+        if stopped:
+            return None
+        loss, count = loss + float(sums.sum(dtype=np.float64)), count + int(weights.sum())
         progress(min(at + rows, len(some)), len(some))
-    return loss, int(count)
+    return loss, count
 
 
 # ------------------------------------------------------------------------------- HellaSwag
@@ -181,7 +184,7 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Question]:
                 raise ValueError
             encoded = tuple(tokenizer.encode(" " + ending) for ending in endings)
             questions.append(Question(tokenizer.encode(context), encoded, label))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{path}, line {number} is not HellaSwag's: expected `ctx`, four `endings` and a"
                 " `label` from 0 to 3"
@@ -193,18 +196,8 @@ def read_hellaswag(path: Path, tokenizer: Tokenizer) -> list[Question]:
     return questions
 
 
-def row_losses(
-    params: Any, windows: jax.Array, weights: jax.Array, config: ModelConfig, axis_name: str
-) -> jax.Array:
-    """float32 [rows of all devices]: the weighted sum of nats of each of this device's windows
-    [b, T + 1], gathered from all."""
-    logits, _ = apply(config, params, windows[:, :-1])
-    sums = (train.cross_entropy(logits, windows[:, 1:]) * weights).sum(-1)
-    return jax.lax.all_gather(sums, axis_name, tiled=True)
-
-
 def hellaswag_losses(
-    params: Any,
+    losses: Losses,
     questions: list[Question],
     config: ModelConfig,
     *,
@@ -223,13 +216,12 @@ def hellaswag_losses(
             f"{len(too_long)} endings are longer than the model's block_size {config.block_size}"
             f" (the longest has {max(map(len, too_long))} tokens)"
         )
-    step = parallel.map_eval_step(functools.partial(row_losses, config=config))
     texts = [(q.context, ending) for q in questions for ending in q.endings]
     longest = config.block_size + 1
     # Alike lengths together, so that little is padding.
     order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
     mine = parallel.host_rows(rows)
-    losses = np.zeros(len(texts))
+    found = np.zeros(len(texts))
     for at in range(0, len(order), rows):
         chosen = order[at : at + rows]
         length = bucket(min(longest, sum(map(len, texts[chosen[-1]]))) - 1, config.block_size)
@@ -240,11 +232,10 @@ def hellaswag_losses(
             whole = np.concatenate([context, ending])[-longest:]
             batch[row, : len(whole)] = whole
             weights[row, max(0, len(whole) - 1 - len(ending)) : len(whole) - 1] = 1
-        share = (parallel.split_rows(part[mine], 1)[:, 0] for part in (batch, weights))
-        sums = parallel.first_copy(step(params, *share))
-        losses[chosen] = np.asarray(sums)[: len(chosen)]
+        sums, _ = losses(batch[mine], weights[mine])
+        found[chosen] = sums[: len(chosen)]
         progress(min(at + rows, len(order)), len(order))
-    return losses.reshape(len(questions), ENDINGS)
+    return found.reshape(len(questions), ENDINGS)
 
 
 def accuracies(losses: np.ndarray, questions: list[Question]) -> tuple[float, float]:
@@ -301,31 +292,34 @@ def main(argv: list[str]) -> None:
     named, flags = cli.parse(EvaluateFlags(), argv, "python -m gptjax.evaluate", "RUN_DIR")
     if not named:
         raise UserError("which run? python -m gptjax.evaluate RUN_DIR")
-    run_dir = Path(named[0])
+    run_dir = place(named[0])
     newest = checkpoint.newest_facts(run_dir)
     size = newest.config.model.num_parameters(embeddings=False) if newest else 0
-    parallel.start(flags.device, flags.num_devices, size)
-    parallel.use_compilation_cache(corpus.cache_dir() / "xla")
-    devices = parallel.device_count()
-    rows = flags.batch_size or -(-8 // devices) * devices
-    if rows % devices:
-        raise UserError(f"--batch-size {rows} does not divide over {devices} devices")
+    devices.start(flags.device, flags.num_devices, size)
+    devices.use_compilation_cache(corpus.cache_dir() / "xla")
+    count = devices.device_count()
+    rows = flags.batch_size or -(-8 // count) * count
+    if rows % count:
+        raise UserError(f"--batch-size {rows} does not divide over {count} devices")
 
-    step, facts, params, _ = checkpoint.load(run_dir, flags.checkpoint, parallel.one_per_host())
+    strategy = parallel.strategy("pmap")
+    number, facts, params, _ = checkpoint.load(run_dir, flags.checkpoint, strategy.targets)
     config = dataclasses.replace(facts.config.model, dtype=flags.precision)
     if flags.stride and flags.stride > config.block_size:
         raise UserError(f"--stride {flags.stride} exceeds the block_size {config.block_size}")
     tokenizer = tokenizers.from_json(facts.tokenizer, named[0])
     highest = "highest" if flags.precision == "float32" else "default"
     on = _on_hellaswag if flags.hellaswag else _on_text
+    step = strategy.map_eval_step(functools.partial(train.eval_step, config=config))
+    losses = functools.partial(step, strategy.place(params))
     with jax.default_matmul_precision(highest):
-        what, numbers = on(parallel.replicate(params), facts, config, tokenizer, flags, rows)
-    if parallel.is_main_host():
-        print(f"{run_dir}, step {step}, in {flags.precision}, on {what}\n{numbers}")
+        what, numbers = on(losses, facts, config, tokenizer, flags, rows)
+    if devices.is_main_host():
+        print(f"{run_dir}, step {number}, in {flags.precision}, on {what}\n{numbers}")
 
 
 def _on_text(
-    params: Any,
+    losses: Losses,
     facts: Facts,
     config: ModelConfig,
     tokenizer: Tokenizer,
@@ -345,8 +339,9 @@ def _on_text(
     some = data.spans(len(text.tokens), config.block_size, stride=stride)
     if not some or not text.characters:
         raise UserError("the text is one token; nothing can be predicted in it")
-    step = parallel.map_eval_step(functools.partial(train.eval_step, config=config))
-    loss, count = span_loss(step, params, text.tokens, some, config, rows, _progress)
+    total = span_loss(losses, text.tokens, some, config, rows, _progress)
+    assert total is not None, "nobody stops it"
+    loss, count = total
     bits = loss / math.log(2)
     return (
         f"{flags.text or f'the {flags.split} split'}: {count:,} tokens predicted in windows of"
@@ -359,7 +354,7 @@ def _on_text(
 
 
 def _on_hellaswag(
-    params: Any,
+    losses: Losses,
     facts: Facts,
     config: ModelConfig,
     tokenizer: Tokenizer,
@@ -368,8 +363,8 @@ def _on_hellaswag(
 ) -> tuple[str, str]:
     """(what was evaluated, the numbers)."""
     questions = read_hellaswag(Path(flags.hellaswag or ""), tokenizer)
-    losses = hellaswag_losses(params, questions, config, rows=rows, progress=_progress)
-    acc, acc_norm = accuracies(losses, questions)
+    found = hellaswag_losses(losses, questions, config, rows=rows, progress=_progress)
+    acc, acc_norm = accuracies(found, questions)
     return (
         f"{flags.hellaswag}: {len(questions):,} questions",
         f"acc                 {acc:.4f}\n"
@@ -378,7 +373,7 @@ def _on_hellaswag(
 
 
 def _progress(done: int, total: int) -> None:
-    if parallel.is_main_host():
+    if devices.is_main_host():
         cli.status(f"{done:,} of {total:,}" if done < total else "")
 
 

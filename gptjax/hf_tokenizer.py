@@ -30,6 +30,10 @@ CHARACTERS = {
 """The pre-tokenizer that splits a text into its characters."""
 
 
+LONGEST_PIECE = 256
+"""Bytes of a token of GPT-2's kind that we read; its own have 128 at most."""
+
+
 BPE_OPTIONS = (
     "dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix",
 )  # fmt: skip
@@ -252,6 +256,9 @@ def _gpt2(vocab: dict[str, int], merges: list[list[str]]) -> Gpt2Tokenizer:
     for number, pair in enumerate(merges):
         if vocab.get("".join(pair)) != first + number or len(pair) != 2:
             raise ValueError(f"merge {number + 1} does not make id {first + number}")
+    # What checks the merges takes the square of a piece's length.
+    if any(len(token) > LONGEST_PIECE for token in vocab):
+        raise ValueError(f"a token is longer than {LONGEST_PIECE} bytes")
     tokenizer = Gpt2Tokenizer(
         {bytes(_BYTE[c] for c in token): i for token, i in vocab.items() if token != END_OF_TEXT}
     )

@@ -11,11 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gptjax.errors import RunError, UserError
+from gptjax import places
+from gptjax.errors import RunError, UserError, first_line
 
 FIELDS = (
     "step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds",
 )  # fmt: skip
+
+
+BUCKET_INTERVAL = 15
+"""Seconds between two writes of metrics.jsonl to a bucket."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -33,7 +38,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break  # cut short
             row = None
@@ -44,11 +49,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_row(row: Any) -> bool:
-    """A whole step, and numbers or null elsewhere."""
+    """A whole step, and numbers (that a float holds) or null elsewhere."""
     return (
         isinstance(row, dict)
         and type(row.get("step")) is int
         and all(type(row.get(f)) in (int, float, type(None)) for f in FIELDS)
+        and all(-(2**63) < row[f] < 2**63 for f in FIELDS if type(row.get(f)) is int)
     )
 
 
@@ -62,33 +68,53 @@ class _Console(Console):
 class Log:
     """metrics.jsonl of one run, one JSON object a line with FIELDS."""
 
-    def __init__(self, path: Path, resume_step: int, *, writes: bool = True):
-        """Rows after `resume_step` (all of them where it is 0) belong to steps that will be taken
-        again: they are dropped. Only one host `writes`."""
+    def __init__(self, path: Path, resume_step: int | None, *, writes: bool = True):
+        """Rows after `resume_step` belong to steps that will be taken again: they are dropped; None
+        drops all. Only one host `writes`."""
         self._path = path
         self._writes = writes
-        rows = read(path) if resume_step and path.exists() else []
-        kept = [row for row in rows if row["step"] <= resume_step]
-        self.seconds = float(kept[-1].get("seconds") or 0) if kept else 0.0
+        rows = [] if resume_step is None or not path.exists() else read(path)
+        self._rows = [row for row in rows if row["step"] <= (resume_step or 0)]
+        self.seconds = float(self._rows[-1].get("seconds") or 0) if self._rows else 0.0
         """Training time, in seconds, up to the last row kept."""
-        scratch = path.with_suffix(".tmp")
-        self._write(scratch, "w", kept)
-        if writes:
-            os.replace(scratch, path)
+        self._replace()
 
     def append(self, row: dict[str, Any]) -> None:
-        self._write(self._path, "a", [row])
-
-    def _write(self, path: Path, mode: str, rows: list[dict[str, Any]]) -> None:
-        if not self._writes:
+        """On a disk at once. A file in a bucket can only be replaced, and not often: there when
+        BUCKET_INTERVAL has passed, and by `flush`."""
+        if not places.is_remote(self._path):
+            if self._writes:
+                with self._failing(), self._path.open("a", encoding="utf-8") as file:
+                    file.write(_line(row))
+                    file.flush()
+                    os.fsync(file.fileno())
             return
+        self._rows.append(row)
+        if time.monotonic() > self._replaced + BUCKET_INTERVAL:
+            self._replace()
+
+    def flush(self) -> None:
+        """Leave nothing unwritten."""
+        if places.is_remote(self._path):
+            self._replace()
+
+    def _replace(self) -> None:
+        self._replaced = time.monotonic()
+        if self._writes:
+            with self._failing():
+                places.replace_file(self._path, "".join(map(_line, self._rows)))
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
         try:
-            with path.open(mode, encoding="utf-8") as file:
-                file.writelines(json.dumps({f: row.get(f) for f in FIELDS}) + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
+            yield
         except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror}") from None
+            reason = error.strerror or first_line(error)
+            raise RunError(f"cannot write {self._path}: {reason}") from None
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps({field: row.get(field) for field in FIELDS}) + "\n"
 
 
 class StepClock:

@@ -17,11 +17,14 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from gptjax.config import ModelConfig
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5  # GPT-2's and torch's; linen's default is 1e-6
+SHARDS = "shards"
+"""The mesh axis over which `parallel.Fsdp` shares out weights and sequences."""
 MASKED = -1e30  # finite, so that no row of masked scores turns into NaN
 
 
@@ -89,12 +92,39 @@ def sinusoids(block_size: int, n_embd: int) -> np.ndarray:
     return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(block_size, n_embd).astype("f4")
 
 
+def _is_sharded() -> bool:
+    """Whether this is traced for `parallel.Fsdp`: it sets a mesh. Elsewhere every device has its
+    own model, and nothing is to be said about where arrays lie."""
+    return SHARDS in jax.sharding.get_abstract_mesh().axis_names
+
+
+def _whole(weights: jax.Array) -> jax.Array:
+    """Weights at their use: of their shares, put together for this use only."""
+    return jax.lax.with_sharding_constraint(weights, PartitionSpec()) if _is_sharded() else weights
+
+
+def _by_sequence(x: jax.Array) -> jax.Array:
+    """Activations [N, ...] or [B, ...] stay with the devices that have their sequences. (Left to
+    itself XLA moves them to the shares of the weights, and they are larger.)"""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(SHARDS)) if _is_sharded() else x
+
+
+def _saves_no_whole_weights(operation: Any, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: the backward pass puts weights together again."""
+    return operation.name not in ("sharding_constraint", "convert_element_type")
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    return jax.lax.dot_general(x, _whole(kernel), *args, **kwargs)
+
+
 def _dense(config: ModelConfig, features: int, use_bias: bool, std: float, name: str) -> nn.Dense:
     return nn.Dense(
         features,
         use_bias=use_bias,
         dtype=compute_dtype(config),
         kernel_init=nn.initializers.normal(std),
+        dot_general=_matmul,
         name=name,
     )
 
@@ -116,6 +146,14 @@ def _residual_std(config: ModelConfig) -> float:
     return INIT_STD / math.sqrt(2 * config.n_layer)
 
 
+def mix(x: jax.Array) -> jax.Array:
+    """MurmurHash3's finaliser (Appleby 2011) of uint32 numbers: one to one, and every bit of the
+    argument acts on every bit of the result."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
 def hashed_bits(key: jax.Array, size: int) -> jax.Array:
     """uint32 [..., size] random bits for uint32 keys [..., 2]: number i's are a hash of i and the
     key. A few integer operations in the middle of other work; the same on every kind of device.
@@ -123,13 +161,6 @@ def hashed_bits(key: jax.Array, size: int) -> jax.Array:
     JAX's own generators cost a fifth of a training step with dropout on a CPU, and more than the
     network when a small model samples.
     """
-
-    def mix(x: jax.Array) -> jax.Array:
-        # MurmurHash3's finaliser (Appleby 2011): one to one, every bit acts on every bit.
-        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-        return x ^ (x >> 16)
-
     number = jax.lax.iota(jnp.uint32, size)
     return mix(mix(number ^ key[..., :1]) + key[..., 1:])
 
@@ -141,12 +172,18 @@ class Dropout(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Any shape."""
+    def __call__(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """x of any shape whose leading axis is, or begins with, the batch; int32 `rows` [B]: the
+        numbers of its sequences in the global batch. The mask of a sequence follows from the key
+        and its number: it does not matter which device computes it, or in which micro-batch."""
         if self.deterministic or not self.rate:
             return x
         key = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
-        kept = hashed_bits(key, x.size).reshape(x.shape) >= jnp.uint32(self.rate * 2**32)
+        keys = jnp.stack(
+            [jnp.broadcast_to(key[0], rows.shape), mix(rows.astype(jnp.uint32) ^ key[1])]
+        )
+        bits = hashed_bits(keys.T, x.size // rows.size)
+        kept = bits.reshape(x.shape) >= jnp.uint32(self.rate * 2**32)
         return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
 
 
@@ -164,16 +201,16 @@ class CausalSelfAttention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        batch: int,
+        rows: jax.Array,
         start: jax.Array,
         kv: KeysValues,
         window: jax.Array,
         only: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues]:
         """x [N, C] -> ([N, C], the keys and values so far with this call's written from slot
-        `start` []); `window` []: how many tokens back this layer looks, itself included; with
-        `only` [] just this token of the T looks: [B, C]."""
-        config = self.config
+        `start` []); `rows` [B]: for Dropout; `window` []: how many tokens back this layer looks,
+        itself included; with `only` [] just this token of the T looks: [B, C]."""
+        config, batch = self.config, rows.size
         qkv = _dense(config, 3 * config.n_embd, config.use_qkv_bias, INIT_STD, "c_attn")(x)
         qkv = qkv.reshape(batch, -1, 3, config.n_head, config.head_size)
         kernel, _ = attention_kernel(config, train=self.train)
@@ -190,14 +227,20 @@ class CausalSelfAttention(nn.Module):
                 kv = k, v
             if only is not None:
                 q, start = jax.lax.dynamic_slice_in_dim(q, only, 1, axis=1), start + only
-            y = self._attend(q, k, v, start, window)
+            y = self._attend(q, k, v, rows, start, window)
             y = y.reshape(batch, config.n_head, -1, config.head_size).transpose(0, 2, 1, 3)
         y = y.reshape(-1, config.n_embd)
         y = _dense(config, config.n_embd, config.bias, _residual_std(config), "c_proj")(y)
-        return Dropout(config.dropout, deterministic=not self.train)(y), kv
+        return Dropout(config.dropout, deterministic=not self.train)(y, rows), kv
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: jax.Array
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        rows: jax.Array,
+        start: jax.Array,
+        window: jax.Array,
     ) -> jax.Array:
         """q [B H, T, D], k and v [B H, S, D] -> [B H, T, D]; q's first position is `start`."""
         scores = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.float32)
@@ -208,7 +251,7 @@ class CausalSelfAttention(nn.Module):
         if "banded" in self.config.attention_pattern:
             visible &= back < window
         weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
-        weights = Dropout(self.config.dropout, deterministic=not self.train)(weights)
+        weights = Dropout(self.config.dropout, deterministic=not self.train)(weights, rows)
         return jnp.einsum("bts,bsd->btd", weights, v)
 
 
@@ -229,13 +272,13 @@ class MLP(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, C] -> [N, C]."""
+    def __call__(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """[N, C] -> [N, C]; `rows` [B]: for Dropout."""
         config = self.config
         x = _dense(config, 4 * config.n_embd, config.bias, INIT_STD, "c_fc")(x)
         x = gelu(x, config.gelu)
         x = _dense(config, config.n_embd, config.bias, _residual_std(config), "c_proj")(x)
-        return Dropout(config.dropout, deterministic=not self.train)(x)
+        return Dropout(config.dropout, deterministic=not self.train)(x, rows)
 
 
 class Block(nn.Module):
@@ -243,28 +286,29 @@ class Block(nn.Module):
 
     config: ModelConfig
     train: bool
-    batch: int
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
+        rows: jax.Array,
         start: jax.Array,
         kv: KeysValues,
         window: jax.Array,
         only: jax.Array | None = None,
     ) -> tuple[jax.Array, KeysValues]:
         """x [N, C] -> [N, C], or with `only` [B, C]; the rest as for CausalSelfAttention."""
+        x = _by_sequence(x)
         y = _layer_norm(self.config, "ln_1")(x)
         y, kv = CausalSelfAttention(self.config, self.train, name="attn")(
-            y, self.batch, start, kv, window, only
+            y, rows, start, kv, window, only
         )
         if only is not None:
-            x = x.reshape(self.batch, -1, self.config.n_embd)
+            x = x.reshape(rows.size, -1, self.config.n_embd)
             x = jax.lax.dynamic_index_in_dim(x, only, axis=1, keepdims=False)
         x = x + y
         y = _layer_norm(self.config, "ln_2")(x)
-        return x + MLP(self.config, self.train, name="mlp")(y), kv
+        return x + MLP(self.config, self.train, name="mlp")(y, rows), kv
 
 
 class GPT(nn.Module):
@@ -282,6 +326,7 @@ class GPT(nn.Module):
         *,
         logits_at: jax.Array | None = None,
         train: bool = False,
+        rows: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Next-token logits after each token.
 
@@ -290,6 +335,8 @@ class GPT(nn.Module):
             cache: from `init_cache`, or from the call before; at most S tokens in all.
             logits_at: int32 []; only this position's logits are computed, as [B, 1, V].
             train: with dropout, from the "dropout" rng.
+            rows: int32 [B]: the sequences' numbers in the global batch, on which their dropout
+                depends; None: 0 ... B - 1.
 
         Returns:
             float32 logits [B, T, V]; and the cache with these T tokens, or None without one.
@@ -309,14 +356,21 @@ class GPT(nn.Module):
         else:
             wpe = jnp.asarray(sinusoids(config.block_size, config.n_embd))
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        x = wte[tokens] + jax.lax.dynamic_slice_in_dim(wpe, start, t)  # [B, T, C]
+        x = _by_sequence(_whole(wte)[tokens]) + jax.lax.dynamic_slice_in_dim(
+            wpe, start, t
+        )  # [B, T, C]
         x = x.astype(compute_dtype(config))
-        x = Dropout(config.dropout, deterministic=not train)(x)
+        rows = jnp.arange(b) if rows is None else rows
+        x = Dropout(config.dropout, deterministic=not train)(x, rows)
 
         if config.n_layer:
             # Flat [N, C] through the blocks: XLA's CPU matmuls are much faster on two axes.
             x = x.reshape(b * t, config.n_embd)
-            block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+            block = Block
+            if config.remat:
+                block = nn.remat(Block, prevent_cse=False)
+            elif _is_sharded() and train:
+                block = nn.remat(Block, prevent_cse=False, policy=_saves_no_whole_weights)
             # Remat frees nothing in straight-line code: XLA needs the loop.
             loops = config.remat or config.n_layer > 12
             unroll = config.scan_unroll or (1 if loops else config.n_layer)
@@ -327,24 +381,24 @@ class GPT(nn.Module):
                     # Intermediates are there for who asks Flax to capture them.
                     variable_axes={"params": 0, "intermediates": 0},
                     split_rngs={"params": True, "dropout": True},
-                    in_axes=(nn.broadcast, 0, 0),
+                    in_axes=(nn.broadcast, nn.broadcast, 0, 0),
                     length=config.n_layer,
                     unroll=unroll,
-                )(config, train, b, name="h")
-                x, kv = blocks(x, start, kv, jnp.array(config.windows))
+                )(config, train, name="h")
+                x, kv = blocks(x, rows, start, kv, jnp.array(config.windows))
             else:
                 layers = []
                 for i, window in enumerate(config.windows):
                     layer_kv = None if kv is None else (kv[0][i], kv[1][i])
-                    layer = block(config, train, b, name=f"h_{i}")
+                    layer = block(config, train, name=f"h_{i}")
                     # Of the last block the other tokens' outputs have no use.
                     only = logits_at if i == config.n_layer - 1 else None
-                    x, layer_kv = layer(x, start, layer_kv, jnp.array(window), only)
+                    x, layer_kv = layer(x, rows, start, layer_kv, jnp.array(window), only)
                     layers.append(layer_kv)
                 kv = None if kv is None else tuple(zip(*layers, strict=True))
             if cache is not None and kv is not None:
                 cache = cache._replace(k=kv[0], v=kv[1])
-            x = _layer_norm(config, "ln_f")(x).reshape(b, -1, config.n_embd)
+            x = _layer_norm(config, "ln_f")(_by_sequence(x)).reshape(b, -1, config.n_embd)
         if logits_at is not None and x.shape[1] > 1:
             x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
 
@@ -353,7 +407,7 @@ class GPT(nn.Module):
             head = self.param("lm_head", init, (config.padded_vocab_size, config.n_embd))
         x = x.reshape(-1, config.n_embd)
         logits = jnp.einsum(
-            "nc,vc->nv", x, head.astype(x.dtype), preferred_element_type=jnp.float32
+            "nc,vc->nv", x, _whole(head.astype(x.dtype)), preferred_element_type=jnp.float32
         )
         logits = logits.reshape(b, -1, head.shape[0])[..., : config.vocab_size]
         if cache is not None:
@@ -369,13 +423,15 @@ def apply(
     *,
     logits_at: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """`GPT.__call__` as a function of its parameters; with `dropout_key`, in training."""
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     stacked = "h_0" not in params
     return GPT(config, stacked).apply(
-        {"params": params}, tokens, cache, logits_at=logits_at, train=bool(rngs), rngs=rngs
-    )
+        {"params": params}, tokens, cache,
+        logits_at=logits_at, train=bool(rngs), rows=rows, rngs=rngs,
+    )  # fmt: skip
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:

@@ -1,193 +1,98 @@
-"""Devices and hosts, and nothing else: the only file that knows how many there are.
+"""How a training state and its batches lie on the devices of all hosts.
 
-State rides stacked, one copy per device along a leading axis, under `jax.pmap` with donation. All
-that the rest of the project sees are the functions below, so another mapping can take its place.
+`Replicas`: every device holds all of the state, one copy along a leading axis, under `jax.pmap`
+with donation. `Fsdp`: each holds a share, under `jax.jit` with a sharding for every array. The rest
+of the project sees the methods of `Strategy` only; a step knows neither.
 """
 
-import ctypes
+import abc
 import functools
+import hashlib
 import os
 import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.config import DeviceKind
-from gptjax.errors import UserError
+from gptjax.config import StrategyKind
+from gptjax.model import SHARDS
+from gptjax.train import Batch
 
 AXIS = "devices"
 
-# Above this many parameters a device's temporary buffers outgrow what a glibc arena holds.
-OUTGROWS_ARENAS = 3_000_000
 
-COMPILATION_CACHE_BYTES = 2 << 30
+class Strategy(abc.ABC):
+    """One way to lay out a state. "Built" arrays are laid out as they are saved and loaded; a
+    "placed" state as it is trained."""
 
-# From glibc's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-KEEP_FREED_MEMORY = {M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 << 20, M_MMAP_MAX: 0}
-MALLOC_DEFAULTS = {
-    M_TRIM_THRESHOLD: 128 << 10, M_TOP_PAD: 128 << 10, M_MMAP_MAX: 65536, M_ARENA_MAX: 0,
-}  # fmt: skip
+    @abc.abstractmethod
+    def shardings(self, shapes: Any) -> Any:
+        """For each array of a tree (of arrays or their shapes), where it is built."""
 
+    def targets(self, shapes: Any) -> Any:
+        """`shapes` with their shardings: what `checkpoint` is to load."""
 
-def start(kind: DeviceKind, cpu_devices: int | None, parameters: int) -> None:
-    """Join the other hosts, if any, choose the platform, split the CPU into `cpu_devices` (None:
-    one, unless JAX_NUM_CPU_DEVICES says otherwise), and prepare for a model of so many
-    `parameters`. Call before anything else uses JAX.
+        def target(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    Raises:
-        UserError: the kind of device that was asked for is not there.
-    """
-    if kind in ("auto", "cpu"):  # before JAX starts its threads
-        keep_freed_memory(one_arena=parameters > OUTGROWS_ARENAS)
-    if cpu_devices:
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if cpu_devices and cpu_devices > 1:
-        # One thread per device: else every device's matmuls compete for every core.
-        add_xla_flag("--xla_cpu_multi_thread_eigen=false")
-    _join_hosts()
-    use_platform(kind)
-    if jax.default_backend() != "cpu":
-        _set_malloc(MALLOC_DEFAULTS)
+        return jax.tree.map(target, shapes, self.shardings(shapes))
 
+    def build(self, make: Callable[..., Any], *args: Any) -> Any:
+        """`make(*args)`, built; `args` are built too."""
+        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args)))(*args)
 
-def keep_freed_memory(*, one_arena: bool) -> None:
-    """Let glibc's malloc keep what XLA frees after each step for the next one. Otherwise the kernel
-    takes it back and clears it anew, page by page: up to a third of a step's time on a CPU. Without
-    glibc this does nothing.
+    @abc.abstractmethod
+    def place(self, built: Any) -> Any:
+        """A state to train on. It may use the arrays it is given."""
 
-    No block of a thread's own arena is larger than 64 MiB; with `one_arena` all threads share the
-    main one, which grows as it must. Small models are faster with an arena a thread.
-    """
-    _set_malloc(KEEP_FREED_MEMORY | ({M_ARENA_MAX: 1} if one_arena else {}))
+    @abc.abstractmethod
+    def unplace(self, placed: Any) -> Any:
+        """A fresh built copy, which the next step does not touch: to be saved."""
 
+    @abc.abstractmethod
+    def for_sampling(self, placed: Any) -> Any:
+        """Placed parameters for `generate`, uncopied where that can be."""
 
-def _set_malloc(options: dict[int, int]) -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
-        for option, value in options.items():
-            library.mallopt(option, value)
+    @abc.abstractmethod
+    def map_train_step(
+        self, step: Callable[..., tuple[Any, dict[str, jax.Array]]], accumulation_steps: int = 1
+    ) -> "TrainStep":
+        """`step(state, Batch, axis_name=...) -> (state, metrics)` over all devices."""
+
+    @abc.abstractmethod
+    def map_eval_step(
+        self, step: Callable[..., jax.Array]
+    ) -> Callable[..., tuple[np.ndarray, int]]:
+        """`step(params, windows, weights) -> float32 [b]` over all devices.
+
+        The result takes placed parameters, this host's windows [R, T + 1] and weights [R, T] and
+        its stop signal; it waits, and gives the rows of all hosts [all R], and the largest signal.
+        """
 
 
-def _join_hosts() -> None:
-    """By JAX's standard variables where they are set, else by what a TPU pod tells its workers."""
-    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if coordinator or len(workers) > 1:
-        # JAX's own watch for preemption would take SIGTERM away from us.
-        jax.config.update("jax_enable_preemption_service", False)
-        count, number = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
-        jax.distributed.initialize(
-            coordinator,
-            num_processes=int(count) if count else None,
-            process_id=int(number) if number else None,
-        )
+class TrainStep(abc.ABC):
+    """A training step over all devices of all hosts."""
+
+    @abc.abstractmethod
+    def __call__(self, state: Any, windows: np.ndarray, stop: int = 0) -> Any:
+        """(the next state, metrics). `state` is placed, and used up. `windows` int32 [R, T + 1] are
+        this host's rows of the batch (`host_rows`). `stop` is this host's signal: the metrics name
+        the largest of all hosts' as `stop`, so all of them learn of it after the same step."""
+
+    @abc.abstractmethod
+    def compile(self, shapes: Any, rows: int, length: int) -> Any:
+        """The compiled program for a state of these shapes and `rows` windows of `length` tokens on
+        all devices, without making any array. On one host: `jax.pmap` cannot on several."""
 
 
-def use_platform(kind: DeviceKind) -> None:
-    """Compute on this kind of device; "auto" takes the fastest kind that is there.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    if kind == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    if kind not in ("auto", jax.default_backend()):
-        package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(kind, "jax")
-        raise UserError(
-            f"--device {kind}: JAX finds no {kind} here, only {jax.default_backend()};"
-            f" install {package}, or use --device {jax.default_backend()}"
-        )
-
-
-def add_xla_flag(flag: str) -> None:
-    """Append to XLA_FLAGS unless the user has set the same flag."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag.split("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
-
-
-def use_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs on disk, small ones too, so that a second start compiles nothing; the
-    oldest go when there are too many. Where `folder` cannot be written, do without."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _delete_oldest(folder, COMPILATION_CACHE_BYTES)
-    except OSError:
-        return
-    # A full disk there is no trouble either.
-    warnings.filterwarnings("ignore", message=".*persistent compilation cache")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _delete_oldest(folder: Path, limit: int) -> None:
-    """Until the files take `limit` bytes. (JAX's own limit stops its cache for good when a process
-    is killed between the two files that it then writes for each program.)"""
-    found = [(file.stat(), file) for file in folder.iterdir() if file.is_file()]
-    excess = sum(stat.st_size for stat, _ in found) - limit
-    for stat, file in sorted(found, key=lambda pair: pair[0].st_mtime):
-        if excess <= 0:
-            return
-        file.unlink(missing_ok=True)
-        excess -= stat.st_size
-
-
-def device_count() -> int:
-    """Devices of all hosts."""
-    return jax.device_count()
-
-
-def describe() -> str:
-    """ "2 x cpu", "32 x TPU v4 on 4 hosts", ..."""
-    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}{hosts}"
-
-
-def is_main_host() -> bool:
-    """True on the one host that writes logs."""
-    return jax.process_index() == 0
-
-
-# Peak dense bfloat16 FLOP/s of one JAX device, by its `device_kind`; from the vendors' datasheets.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "Tesla V100": 125e12,
-}
-
-
-def peak_flops() -> float | None:
-    """Of all devices together, in bfloat16 FLOP/s; None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    # The longest name that fits: "NVIDIA H100 80GB HBM3" is an H100, not an L4.
-    names = [n for n in PEAK_FLOPS if kind == n or kind.startswith((n + " ", n + "-"))]
-    return PEAK_FLOPS[max(names, key=len)] * jax.device_count() if names else None
-
-
-# ------------------------------------------------------------------------------ one step
+def strategy(kind: StrategyKind) -> Strategy:
+    """Over all devices there are."""
+    return Replicas() if kind == "pmap" else Fsdp()
 
 
 def host_rows(rows: int) -> slice:
@@ -196,45 +101,49 @@ def host_rows(rows: int) -> slice:
     return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
 
 
-def split_rows(rows: np.ndarray, accumulation_steps: int) -> np.ndarray:
-    """This host's rows [R, ...] -> [local devices, A, R / devices / A, ...]."""
-    return rows.reshape(jax.local_device_count(), accumulation_steps, -1, *rows.shape[1:])
+def fetch(tree: Any) -> dict[str, float]:
+    """Scalars that are the same on all devices, on the host; waits for them."""
+    return {name: np.asarray(_local(x)).item() for name, x in tree.items()}
 
 
-def replicate(tree: Any) -> Any:
-    """One copy per local device, stacked along a new leading axis."""
-    tree = jax.tree.map(_local, tree)
-    copy = jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None))
-    return copy(np.arange(jax.local_device_count()), tree)
+def every(value: int) -> list[int]:
+    """The `value` of every host, which all must call."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.int32(value)).reshape(-1).tolist()
 
 
-def one_per_host() -> NamedSharding:
-    """A copy on the first device of every host: what is saved, and what is loaded before
-    `replicate` spreads it."""
-    hosts = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([hosts[i] for i in sorted(hosts)]), ("hosts",))
-    return NamedSharding(mesh, PartitionSpec())
+def first_hosts(values: list[int]) -> list[int]:
+    """The list of the first host, on all; all must call."""
+    count = every(len(values))[0]
+    padded = (values + [0] * count)[:count]
+    return [every(value)[0] for value in padded]
 
 
-def unreplicate(tree: Any) -> Any:
-    """One fresh copy of a stacked tree, as global arrays on the first device of every host.
-
-    That is what can be saved: a stacked pmap output cannot, where there are several hosts; and it
-    does not change when the original is donated.
-    """
-    sharding = one_per_host()
-
-    def one(x: jax.Array) -> jax.Array:
-        (device,) = sharding.addressable_devices
-        copy = jax.device_put(_local(x).reshape(x.shape[1:]), device)
-        return jax.make_array_from_single_device_arrays(copy.shape, sharding, [copy])
-
-    return jax.tree.map(one, tree)
+def same(text: str) -> bool:
+    """Whether all hosts, which all must call, have the same `text`."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    return bool((multihost_utils.process_allgather(digest) == digest).all())
 
 
-def first_copy(tree: Any) -> Any:
-    """The first local device's copy of a stacked tree, for work that one device does alone."""
-    return jax.tree.map(lambda x: _local(x).reshape(x.shape[1:]), tree)
+def meet() -> None:
+    """To be called by all hosts when all have just joined. On CPUs the first collective must begin
+    within 30 seconds on all of them; later ones may keep each other waiting."""
+    if jax.process_count() == 1:
+        return
+    sys.stdout.flush()
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # Gloo's greeting
+    try:
+        total = jax.pmap(lambda x: jax.lax.psum(x, AXIS), axis_name=AXIS)
+        total(_everywhere(1)).block_until_ready()
+        every(0)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
 
 
 def _local(x: Any) -> Any:
@@ -242,32 +151,192 @@ def _local(x: Any) -> Any:
     return x.addressable_shards[0].data if isinstance(x, jax.Array) else x
 
 
-def fetch(tree: Any) -> dict[str, float]:
-    """The first local device's scalars, on the host; waits for them."""
-    return {name: np.asarray(_local(x)).item() for name, x in tree.items()}
+def _numbered(windows: np.ndarray) -> Batch:
+    """This host's windows [R, T + 1] with their numbers in the global batch."""
+    first = jax.process_index() * len(windows)
+    return Batch(windows, np.arange(first, first + len(windows), dtype=np.int32))
 
 
-def map_train_step(step: Callable[..., tuple[Any, dict[str, jax.Array]]]) -> Callable[..., Any]:
-    """`step(state, batch, axis_name=...) -> (state, metrics)` over all devices of all hosts.
-
-    The result takes the stacked state (donated), a batch [local devices, A, b, T + 1] and this
-    host's stop signal, and adds to the metrics `stop`, the largest signal of all hosts: so all of
-    them learn of it after the same step.
-    """
-
-    def mapped(state: Any, batch: jax.Array, stop: jax.Array) -> Any:
-        state, metrics = step(state, batch, axis_name=AXIS)
-        return state, metrics | {"stop": jax.lax.pmax(stop, AXIS)}
-
-    pmapped = jax.pmap(mapped, axis_name=AXIS, donate_argnums=0)
-
-    def run(state: Any, batch: np.ndarray, stop: int = 0) -> Any:
-        return pmapped(state, batch, np.full(jax.local_device_count(), stop, np.int32))
-
-    return run
+# ------------------------------------------------------------------------------ replicas
 
 
-def map_eval_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """`step(params, windows, weights, axis_name=...)` over all devices: (stacked params, windows
-    and weights [local devices, b, ...]) -> stacked sums over all devices."""
-    return jax.pmap(functools.partial(step, axis_name=AXIS), axis_name=AXIS)
+class Replicas(Strategy):
+    """A copy of the state on every device, stacked along a leading axis."""
+
+    def shardings(self, shapes: Any) -> Any:
+        """A copy on the first device of every host: in a run on several hosts Orbax does not save
+        stacked arrays."""
+        hosts = {device.process_index: device for device in reversed(jax.devices())}
+        mesh = Mesh(np.array([hosts[i] for i in sorted(hosts)]), ("hosts",))
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+
+    def place(self, built: Any) -> Any:
+        copy = jax.pmap(lambda _, x: x, axis_name=AXIS, in_axes=(0, None))
+        return copy(np.arange(jax.local_device_count()), jax.tree.map(_local, built))
+
+    def unplace(self, placed: Any) -> Any:
+        def one(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+            (device,) = sharding.addressable_devices
+            copy = jax.device_put(_local(x).reshape(x.shape[1:]), device)
+            return jax.make_array_from_single_device_arrays(copy.shape, sharding, [copy])
+
+        return jax.tree.map(one, placed, self.shardings(placed))
+
+    def for_sampling(self, placed: Any) -> Any:
+        return jax.tree.map(lambda x: _local(x).reshape(x.shape[1:]), placed)
+
+    def map_train_step(
+        self, step: Callable[..., tuple[Any, dict[str, jax.Array]]], accumulation_steps: int = 1
+    ) -> TrainStep:
+        return _ReplicaStep(step, accumulation_steps)
+
+    def map_eval_step(
+        self, step: Callable[..., jax.Array]
+    ) -> Callable[..., tuple[np.ndarray, int]]:
+        def mapped(params: Any, windows: jax.Array, weights: jax.Array, stop: jax.Array) -> Any:
+            rows = jax.lax.all_gather(step(params, windows, weights), AXIS, tiled=True)
+            return rows, jax.lax.pmax(stop, AXIS)
+
+        pmapped = jax.pmap(mapped, axis_name=AXIS)
+
+        def run(params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0) -> Any:
+            rows, stop = pmapped(params, _spread(windows), _spread(weights), _everywhere(stop))
+            return np.asarray(_local(rows)).reshape(-1), int(np.asarray(_local(stop)).item())
+
+        return run
+
+
+def _spread(rows: Any, *more: int) -> np.ndarray:
+    """This host's rows [R, ...] -> [local devices, *more, b, ...]."""
+    return rows.reshape(jax.local_device_count(), *more, -1, *rows.shape[1:])
+
+
+def _everywhere(value: int) -> np.ndarray:
+    """int32 [local devices]."""
+    return np.full(jax.local_device_count(), value, np.int32)
+
+
+class _ReplicaStep(TrainStep):
+    def __init__(self, step: Callable[..., Any], accumulation_steps: int):
+        def mapped(state: Any, batch: Batch, stop: jax.Array) -> Any:
+            state, metrics = step(state, batch, axis_name=AXIS)
+            return state, metrics | {"stop": jax.lax.pmax(stop, AXIS)}
+
+        self._pmapped = jax.pmap(mapped, axis_name=AXIS, donate_argnums=0)
+        self._accumulation_steps = accumulation_steps
+
+    def __call__(self, state: Any, windows: np.ndarray, stop: int = 0) -> Any:
+        batch = [_spread(part, self._accumulation_steps) for part in _numbered(windows)]
+        return self._pmapped(state, Batch(*batch), _everywhere(stop))
+
+    def compile(self, shapes: Any, rows: int, length: int) -> Any:
+        def stacked(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype)
+
+        batch = _spread(np.empty((rows, length), np.int32), self._accumulation_steps)
+        args = jax.tree.map(stacked, shapes), Batch(batch, batch[..., 0]), _everywhere(0)
+        return self._pmapped.lower(*args).compile()
+
+
+# ---------------------------------------------------------------------------------- fsdp
+
+
+class Fsdp(Strategy):
+    """A share of every matrix, and of all that the optimizer keeps of it, on every device (ZeRO-3:
+    Rajbhandari et al., arXiv:1910.02054). `model` says where weights are whole."""
+
+    def __init__(self) -> None:
+        # In the order of `host_rows`.
+        order = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+        self.mesh = Mesh(np.array(order), (SHARDS,))
+
+    def shardings(self, shapes: Any) -> Any:
+        """Matrices in shares along their last axis that divides; all else whole everywhere."""
+
+        def sharding(path: Any, x: Any) -> NamedSharding:
+            layers = any(getattr(key, "key", None) == "h" for key in path)
+            divisible = [i for i in range(layers, x.ndim) if x.shape[i] % self.mesh.size == 0]
+            if x.ndim - layers < 2 or not divisible:
+                return self._sharding()
+            return self._sharding(*[None] * divisible[-1], SHARDS)
+
+        return jax.tree_util.tree_map_with_path(sharding, shapes)
+
+    def _sharding(self, *axes: str | None) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def place(self, built: Any) -> Any:
+        return built
+
+    def unplace(self, placed: Any) -> Any:
+        return self.build(functools.partial(jax.tree.map, jnp.copy), placed)
+
+    def for_sampling(self, placed: Any) -> Any:
+        return placed
+
+    def map_train_step(
+        self, step: Callable[..., tuple[Any, dict[str, jax.Array]]], accumulation_steps: int = 1
+    ) -> TrainStep:
+        return _ShardedStep(self, step, accumulation_steps)
+
+    def map_eval_step(
+        self, step: Callable[..., jax.Array]
+    ) -> Callable[..., tuple[np.ndarray, int]]:
+        def whole(params: Any, windows: jax.Array, weights: jax.Array, stop: jax.Array) -> Any:
+            return step(params, windows, weights), stop.max()
+
+        jitted = jax.jit(whole, out_shardings=self._sharding())
+
+        def run(params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0) -> Any:
+            rows = (self.distribute(part) for part in (windows, weights, _everywhere(stop)))
+            with jax.set_mesh(self.mesh):
+                sums, stop = jitted(params, *rows)
+            return np.asarray(sums), int(stop)
+
+        return run
+
+    def distribute(self, rows: np.ndarray, accumulation_steps: int | None = None) -> jax.Array:
+        """This host's rows [R, ...] as a part of the global array [all R, ...], or of
+        [accumulation_steps, all R / accumulation_steps, ...]: of each micro-batch a device has the
+        rows that it would have as a replica."""
+        if accumulation_steps is None:
+            sharding, count = self._sharding(SHARDS), len(rows)
+            shape = (count * jax.process_count(), *rows.shape[1:])
+        else:
+            sharding = self._sharding(None, SHARDS)
+            spread = _spread(rows, accumulation_steps)
+            rows = spread.swapaxes(0, 1).reshape(accumulation_steps, -1, *rows.shape[1:])
+            shape = (accumulation_steps, rows.shape[1] * jax.process_count(), *rows.shape[2:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+
+class _ShardedStep(TrainStep):
+    def __init__(self, fsdp: Fsdp, step: Callable[..., Any], accumulation_steps: int):
+        def whole(state: Any, batch: Batch, stop: jax.Array) -> Any:
+            state, metrics = step(state, batch)
+            layout = jax.tree.map(lambda x: x.spec, fsdp.shardings(state))
+            return jax.lax.with_sharding_constraint(
+                state, layout
+            ), jax.lax.with_sharding_constraint(metrics | {"stop": stop.max()}, PartitionSpec())
+
+        self._jitted = jax.jit(whole, donate_argnums=0)
+        self._fsdp = fsdp
+        self._accumulation_steps = accumulation_steps
+
+    def __call__(self, state: Any, windows: np.ndarray, stop: int = 0) -> Any:
+        batch = (self._fsdp.distribute(x, self._accumulation_steps) for x in _numbered(windows))
+        with jax.set_mesh(self._fsdp.mesh):
+            return self._jitted(state, Batch(*batch), self._fsdp.distribute(_everywhere(stop)))
+
+    def compile(self, shapes: Any, rows: int, length: int) -> Any:
+        steps = self._accumulation_steps
+
+        def of(shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
+            sharding = self._fsdp._sharding(*axes)
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+        windows = of((steps, rows // steps, length), None, SHARDS)
+        batch = Batch(windows, of((steps, rows // steps), None, SHARDS))
+        stop = of((jax.device_count(),), SHARDS)
+        with jax.set_mesh(self._fsdp.mesh):
+            return self._jitted.lower(self._fsdp.targets(shapes), batch, stop).compile()

@@ -8,6 +8,7 @@ import matplotlib
 
 from gptjax import cli, metrics
 from gptjax.errors import RunError, UserError
+from gptjax.places import place
 
 matplotlib.use("Agg")  # draws into files, needs no screen
 from matplotlib import pyplot
@@ -65,7 +66,7 @@ def draw(run_dirs: list[Path], out: Path) -> None:
 def main(argv: list[str]) -> None:
     """`python -m gptjax.report RUN_DIR [RUN_DIR ...] [--out loss.png]`."""
     named, flags = cli.parse(ReportFlags(), argv, "python -m gptjax.report", "RUN_DIR ...")
-    runs = [Path(run) for run in named]
+    runs = [place(run) for run in named]
     if not runs:
         raise UserError("which run? python -m gptjax.report RUN_DIR [RUN_DIR ...]")
     out = Path(flags.out) if flags.out else runs[0] / "loss.png"

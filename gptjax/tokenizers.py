@@ -22,6 +22,13 @@ GPT2_SHA256 = "50fa6e3913609e5a8339bb9d9b90931b8272ced6502789605af2b4e9576fea4d"
 """Of GPT-2's pieces, end to end in the order of their ids."""
 
 
+LONG_SPACE = 400_000
+"""tiktoken's regular expression overflows its stack on a million characters of white space; from
+here on they are cut out before."""
+
+_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+
 class Tokenizer(Protocol):
     """What the rest of the project knows of a tokenizer."""
 
@@ -128,7 +135,15 @@ class Gpt2Tokenizer:
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         # encode_ordinary: "<|endoftext|>" inside a text is text, not a control token.
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+        ids, at = list[int](), 0
+        if any(map(str.isspace, text[::LONG_SPACE])):  # no other text holds so much in a row
+            for run in re.finditer(f"(?<!{_SPACE}){_SPACE}{{{LONG_SPACE},}}", text):
+                # As the pattern has it: one word, but for what stands before the next one.
+                end = run.end() if run.end() == len(text) else run.end() - 1
+                ids += self._encoding.encode_ordinary(text[at : run.start()])
+                ids += self._encoding._encode_single_piece(text[run.start() : end])
+                at = end
+        return np.array(ids + self._encoding.encode_ordinary(text[at:]), dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(list(map(int, ids)))
@@ -146,11 +161,13 @@ class SentencePieceTokenizer:
     kind: TokenizerKind = "sentencepiece"
 
     def __init__(self, model: bytes):
-        """`model`: a serialised SentencePiece model; RuntimeError if it is not one."""
+        """`model`: a serialised SentencePiece model; RuntimeError if it is not one, ValueError if
+        its pieces are not UTF-8."""
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.model = model
         self.n_vocab = self._processor.get_piece_size()
         self.eot = self._processor.eos_id()
+        self._processor.decode(list(range(self.n_vocab)))  # raises for damage here, not later on
         # SentencePiece writes a space as U+2581 and NUL ends its strings; a text that holds
         # either gets it spelled in bytes, which the decoder restores.
         self._bytes = {
@@ -214,6 +231,8 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         ids: list[int] = []
+        # JSON may spell half a surrogate pair, which SentencePiece does not take.
+        text = text.encode("utf-8", "replace").decode()
         for part in re.split("([\u2581\0])", text):
             ids += self._bytes[part] if part in self._bytes else self._processor.encode(part)
         return np.array(ids, dtype=np.int32)
@@ -236,8 +255,12 @@ def from_state(state: Any, where: str) -> Tokenizer:
             case "char":
                 return CharTokenizer(state["characters"])
             case "gpt2":
-                pieces = map(base64.b64decode, state["pieces"].split(" "))
-                return Gpt2Tokenizer({piece: rank for rank, piece in enumerate(pieces)})
+                pieces = [base64.b64decode(piece) for piece in state["pieces"].split(" ")]
+                ranks = {piece: rank for rank, piece in enumerate(pieces)}
+                # tiktoken panics where it misses one.
+                if len(ranks) < len(pieces) or not all(bytes([b]) in ranks for b in range(256)):
+                    raise ValueError("its pieces are not distinct, or not all bytes are among them")
+                return Gpt2Tokenizer(ranks)
             case "sentencepiece":
                 return SentencePieceTokenizer(base64.b64decode(state["model"]))
             case kind:
@@ -254,6 +277,6 @@ def from_json(text: str, where: str) -> Tokenizer:
     """The inverse of `to_json`; `where` names the source in errors."""
     try:
         state = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: it is no text
         raise UserError(f"{where} is not valid JSON: {error}") from None
     return from_state(state, where)

@@ -14,6 +14,22 @@ from gptjax.model import Params, apply, init_params
 Metrics = dict[str, jax.Array]
 
 
+class Batch(NamedTuple):
+    """One device's share of a step's data, in A micro-batches; or all of it."""
+
+    windows: Any
+    """int32 [A, b, block_size + 1]."""
+    rows: Any
+    """int32 [A, b]: the windows' numbers in the global batch. Dropout follows from them, so that it
+    does not matter how a batch is shared out."""
+
+
+def whole_batch(windows: Any) -> Batch:
+    """int32 windows [A, b, T + 1] as all of a step's data."""
+    steps, size, _ = windows.shape
+    return Batch(windows, jnp.arange(steps * size, dtype=jnp.int32).reshape(steps, size))
+
+
 class TrainState(NamedTuple):
     """All that training changes. Random keys are not part of it: they follow from `step`."""
 
@@ -35,49 +51,51 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def loss(
-    params: Params, windows: jax.Array, config: ModelConfig, key: jax.Array | None = None
+    params: Params,
+    windows: jax.Array,
+    config: ModelConfig,
+    key: jax.Array | None = None,
+    rows: jax.Array | None = None,
 ) -> jax.Array:
-    """float32 []: mean nats per target of int windows [b, T + 1]; with `key`, under dropout."""
-    logits, _ = apply(config, params, windows[:, :-1], dropout_key=key)
+    """float32 []: mean nats per target of int windows [b, T + 1]; with `key`, under the dropout
+    that belongs to it and to `rows` [b]."""
+    logits, _ = apply(config, params, windows[:, :-1], dropout_key=key, rows=rows)
     return cross_entropy(logits, windows[:, 1:]).mean()
 
 
-def dropout_key(seed: int, step: jax.Array, axis_name: str | None) -> jax.Array:
-    """The key of one device's dropout in one step. It follows from its arguments, so no key is
-    ever saved."""
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
-    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+def dropout_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of one step's dropout. It follows from its arguments, so no key is ever saved."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
 
 def train_step(
-    state: TrainState, batch: jax.Array, config: TrainConfig, axis_name: str | None = None
+    state: TrainState, batch: Batch, config: TrainConfig, axis_name: str | None = None
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
     Args:
-        batch: int32 [A, b, block_size + 1]: this device's A micro-batches.
+        batch: this device's share of the data.
         axis_name: the mapped axis to average gradients over; None runs on one device.
 
     Returns:
         The new state, and float32 scalars: `train_loss` of this batch before the update,
         `grad_norm` before clipping, and `learning_rate`.
     """
-    key = dropout_key(config.seed, state.step, axis_name)
+    key = dropout_key(config.seed, state.step)
 
-    def micro(index: jax.Array | int, windows: jax.Array) -> tuple[jax.Array, Any]:
-        micro_key = jax.random.fold_in(key, index)
-        return jax.value_and_grad(loss)(state.params, windows, config.model, micro_key)
+    def micro(windows: jax.Array, rows: jax.Array) -> tuple[jax.Array, Any]:
+        return jax.value_and_grad(loss)(state.params, windows, config.model, key, rows)
 
-    steps = batch.shape[0]
+    steps = batch.windows.shape[0]
     if steps == 1:
-        mean_loss, grads = micro(0, batch[0])
+        mean_loss, grads = micro(batch.windows[0], batch.rows[0])
     else:
 
-        def accumulate(total: Any, xs: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, micro(*xs)), None
+        def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, micro(*part)), None
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        total, _ = jax.lax.scan(accumulate, zeros, (jnp.arange(steps), batch))
+        total, _ = jax.lax.scan(accumulate, zeros, batch)
         mean_loss, grads = jax.tree.map(lambda x: x / steps, total)
     if axis_name is not None:
         mean_loss, grads = jax.lax.pmean((mean_loss, grads), axis_name)
@@ -98,19 +116,9 @@ def apply_gradients(state: TrainState, grads: Params, config: TrainConfig) -> Tr
 
 
 def eval_step(
-    params: Params,
-    windows: jax.Array,
-    weights: jax.Array,
-    config: ModelConfig,
-    axis_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """(summed loss in nats, number of targets), over all devices of `axis_name`.
-
-    Args:
-        windows: int32 [b, block_size + 1].
-        weights: float32 [b, block_size]: 1 for targets that count, 0 for padding.
-    """
+    params: Params, windows: jax.Array, weights: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """float32 [b]: for each of int32 windows [b, T + 1] the weighted sum of its targets' nats;
+    weights [b, T] are 1 for targets that count, 0 for padding and context."""
     logits, _ = apply(config, params, windows[:, :-1])
-    loss = cross_entropy(logits, windows[:, 1:])
-    sums = (loss * weights).sum(), weights.sum()
-    return jax.lax.psum(sums, axis_name) if axis_name is not None else sums
+    return (cross_entropy(logits, windows[:, 1:]) * weights).sum(-1)

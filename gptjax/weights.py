@@ -6,7 +6,8 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +66,39 @@ class TorchTensors:
     def __init__(self, tensors: Any, where: str):
         """UserError: `tensors` is not a dict of tensors."""
         torch = pytorch()
-        if not isinstance(tensors, Mapping) or not all(
-            isinstance(name, str) and torch.is_tensor(value) for name, value in tensors.items()
+        named = _items(tensors)
+        if named is None or not all(
+            isinstance(name, str) and torch.is_tensor(value) for name, value in named.items()
         ):
             raise UserError(f"{where} does not hold named tensors")
-        self._torch, self._tensors, self._where = torch, dict(tensors), where
+        self._torch, self._tensors, self._where = torch, named, where
 
     def names(self) -> Iterable[str]:
         return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
+        try:
+            return tuple(self._tensors[name].shape)
+        except RuntimeError:  # of a list of tensors that passes for one
+            raise UserError(f"{self._where}: {name} is no plain array") from None
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors.pop(name).detach()
-        # numpy has no bfloat16; float32 holds each of its values.
-        tensor = tensor.float() if tensor.dtype == self._torch.bfloat16 else tensor
         try:
+            # Strides of 0 make a tensor of any size out of one number.
+            if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+                raise UserError(f"{self._where}: {name} has fewer values than its shape says")
+            # numpy has no bfloat16; float32 holds each of its values.
+            tensor = tensor.float() if tensor.dtype == self._torch.bfloat16 else tensor
             return tensor.numpy()
         except (TypeError, RuntimeError):  # sparse, on another device, of an 8-bit type
             kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise UserError(f"{self._where}: {name} is no plain array ({kind})") from None
+
+
+def _items(found: Any) -> dict[Any, Any] | None:
+    """A plain dict, even of an OrderedDict whose own methods a file has overwritten."""
+    return dict(dict.items(found)) if isinstance(found, dict) else None
 
 
 def pytorch() -> Any:
@@ -108,6 +121,11 @@ def load_torch_file(path: Path) -> Any:
     try:
         with path.open("rb"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of guesses at what a damaged file may be
+            # torch.save does not compress; a small file may hold terabytes of zeros.
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as parts:
+                    if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                        raise ValueError("its parts are larger than the file")
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asks = re.search(r"GLOBAL (\S+)", str(error))
@@ -170,7 +188,7 @@ def hugging_face_tensors(folder: Path) -> state_dict.Tensors:
             tensors: state_dict.Tensors = SafetensorsFiles(files)
         else:
             parts = [load_torch_file(file) for file in files]
-            named = [dict(part) for part in parts if isinstance(part, Mapping)]
+            named = [items for part in parts if (items := _items(part)) is not None]
             if len(named) < len(parts) or sum(map(len, named)) > len(set().union(*named)):
                 raise UserError(f"the parts of {path} do not hold distinct named tensors")
             tensors = TorchTensors({k: v for part in named for k, v in part.items()}, str(path))

@@ -15,6 +15,12 @@ hypothesis.settings.register_profile("gptjax", deadline=None)
 hypothesis.settings.load_profile("gptjax")
 jax.config.update("jax_num_cpu_devices", 8)
 
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=4, help="how often the soak test kills its run")
+    parser.addoption("--soak-seed", type=int, default=0, help="of the moments when it does")
+
+
 ROOT = Path(__file__).parent.parent
 SHAKESPEARE = Path(os.environ.get("GPTJAX_CACHE_DIR", "")) / "tinyshakespeare.txt"
 
@@ -73,6 +79,18 @@ def assert_one_clear_line(result, *words: str, code: int = 2) -> None:
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for word in words:
         assert word in lines[0], f"{word!r} is not in: {lines[0]}"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, cache_dir):
+    """A finished run of `runs.TINY`, and the result of its command; the text beside it."""
+    from runs import TINY, finish, start
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "text.txt").write_text(TEXT)
+    result = finish(start(folder, cache_dir, *TINY, "--run-dir", "run"))
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result
 
 
 @pytest.fixture

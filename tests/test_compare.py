@@ -49,7 +49,7 @@ def lively(config: ModelConfig):
 
 @pytest.fixture(autouse=True)
 def _compile_without_a_cache(monkeypatch):
-    monkeypatch.setattr(compare.parallel, "use_compilation_cache", lambda folder: None)
+    monkeypatch.setattr(compare.devices, "use_compilation_cache", lambda folder: None)
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def make_run(folder, model: ModelConfig, tokenizer=CHARS, **facts) -> checkpoint
     with checkpoint.Checkpoints(folder, 2) as checkpoints:
         checkpoints.save(
             facts.pop("step", 7), params, state and state(wanted, params),
-            checkpoint.Facts(wanted, convert.tokenizers.to_json(tokenizer), "f00d", 2.5), 2.5,
+            checkpoint.Facts(wanted, convert.tokenizers.to_json(tokenizer), "f00d", 2.5, 2.5),
         )  # fmt: skip
     return checkpoint.load(folder, "best")
 
@@ -352,7 +352,9 @@ def test_training_goes_on_from_nanogpt_as_torch_does(tmp_path, bias, prefix, dec
 
     opt_state = checkpoint.load(tmp_path / "run", "best", optimizer=True).opt_state
     state = train.TrainState(jax.numpy.int32(loaded.step), loaded.params, opt_state)
-    step_once = jax.jit(lambda state, batch: train.train_step(state, batch, settings))
+    step_once = jax.jit(
+        lambda state, windows: train.train_step(state, train.whole_batch(windows), settings)
+    )
     for step in range(3, 6):
         state, metrics = step_once(state, rows_at(step)[None])  # one micro-batch compiles faster
         assert float(metrics["learning_rate"]) == pytest.approx(theirs.rate(), rel=1e-6)
@@ -798,7 +800,7 @@ def losses(run_dir):
 def torch_val_loss(net, run_dir, block):
     """Mean over the whole validation split, in windows of `block`."""
     folder = json.loads((run_dir / "config.json").read_text())["data"]["dir"]
-    tokens = torch.from_numpy(np.array(data.load(data.Path(folder)).val, np.int64))
+    tokens = torch.from_numpy(np.array(data.load(data.Path(folder)).val[:], np.int64))
     whole = (len(tokens) - 1) // block
     rows = tokens[: whole * block + 1].unfold(0, block + 1, block)
     parts = [rows, tokens[None, whole * block :]]  # the last window is shorter

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -42,7 +43,7 @@ def test_a_prepared_set_decodes_to_the_text(tmp_path, tokenizer):
     dataset = data.load(out)
     decode = dataset.tokenizer.decode
     n_train = int(len(TEXT) * 0.9)
-    assert (decode(dataset.train), decode(dataset.val)) == (TEXT[:n_train], TEXT[n_train:])
+    assert (decode(dataset.train[:]), decode(dataset.val[:])) == (TEXT[:n_train], TEXT[n_train:])
     meta = json.loads((out / "meta.json").read_text())
     assert meta["train_tokens"] == len(dataset.train)
     assert meta["vocab_size"] == dataset.tokenizer.n_vocab
@@ -83,18 +84,56 @@ def test_tiny_shakespeare_in_gpt2_tokens_has_nanogpts_counts(tmp_path):
     assert (len(dataset.train), len(dataset.val)) == (301_966, 36_059)
 
 
+def test_processes_that_prepare_the_same_set_at_once_do_not_disturb_each_other(tmp_path):
+    (tmp_path / "text.txt").write_text("some text to prepare\n" * 30)
+    config = DataConfig(source=str(tmp_path / "text.txt"))
+    failed = []
+
+    def prepare(out):
+        try:
+            data.prepare(config, out, Console(quiet=True))
+        except UserError as error:  # "exists already", where it came too late
+            if not out.exists():
+                failed.append(error)
+
+    for number in range(15):
+        out = tmp_path / "sets" / str(number)
+        threads = [threading.Thread(target=prepare, args=[out]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        data.load(out)
+    assert not failed and len(os.listdir(tmp_path / "sets")) == 15
+
+
+def test_a_token_file_cut_short_after_it_was_opened_is_a_clear_error(tmp_path):
+    path = tmp_path / "train.bin"
+    np.arange(100, dtype="<u2").tofile(path)
+    tokens = data.TokenFile(path, np.dtype("<u2"))
+    assert len(tokens) == 100 and tokens[7:12].tolist() == [7, 8, 9, 10, 11]
+    assert tokens[98:200].tolist() == [98, 99] and not len(tokens[5:5])
+    os.truncate(path, 100)
+    assert tokens[40:50].tolist() == list(range(40, 50))
+    with pytest.raises(RunError, match="shorter than when it was opened"):
+        tokens[40:60]
+
+
 def test_documents_are_separated(tmp_path):
     lines = [{"text": "one two"}, {"text": "three"}, {"text": "x" * 20}]
     text = "\n".join(map(json.dumps, lines))
     by_char = data.load(prepared(tmp_path, text, "t.jsonl", val_fraction=0.5))
-    assert by_char.tokenizer.decode([*by_char.train, *by_char.val]) == "one two\nthree\n" + "x" * 20
+    assert (
+        by_char.tokenizer.decode([*by_char.train[:], *by_char.val[:]])
+        == "one two\nthree\n" + "x" * 20
+    )
     with pytest.MonkeyPatch.context() as patch:
         tiny = Gpt2Tokenizer(TINY_RANKS)
         patch.setattr(data, "_survey", lambda *_: (32, tiny))
         config = DataConfig(source=str(tmp_path / "t.jsonl"), tokenizer="gpt2")
         data.prepare(config, tmp_path / "bpe", QUIET)
     tokens = data.load(tmp_path / "bpe")
-    ids = [*tokens.train, *tokens.val]
+    ids = [*tokens.train[:], *tokens.val[:]]
     ends = [i for i, token in enumerate(ids) if token == tiny.eot]
     assert len(ends) == 2
     assert tiny.decode(ids[: ends[0]]) == "one two"
@@ -105,7 +144,7 @@ def test_a_large_vocabulary_gets_uint32(tmp_path):
     out = prepared(tmp_path, text)
     dataset = data.load(out)
     assert dataset.train.dtype == np.uint32
-    assert dataset.tokenizer.decode([*dataset.train, *dataset.val]) == text
+    assert dataset.tokenizer.decode([*dataset.train[:], *dataset.val[:]]) == text
 
 
 def test_preparing_killed_midway_leaves_nothing_that_looks_whole(tmp_path, cache_dir):

@@ -48,6 +48,13 @@ def torch_nats(context: np.ndarray, target: int) -> float:
 # --------------------------------------------------------------------------------- text
 
 
+def losses_of_our_model() -> evaluate.Losses:
+    strategy = parallel.strategy("pmap")
+    params = strategy.place(strategy.build(weights))
+    step = strategy.map_eval_step(functools.partial(train.eval_step, config=CONFIG))
+    return functools.partial(step, params)
+
+
 @pytest.mark.parametrize("stride", [1, 5, 12])
 def test_the_loss_is_pytorchs_with_the_context_that_the_stride_leaves(stride):
     expected = 0.0
@@ -56,9 +63,7 @@ def test_the_loss_is_pytorchs_with_the_context_that_the_stride_leaves(stride):
         start = max(0, math.ceil((target - 12) / stride)) * stride
         expected += torch_nats(TOKENS[start:target], TOKENS[target])
     some = data.spans(len(TOKENS), 12, stride=stride)
-    step = parallel.map_eval_step(functools.partial(train.eval_step, config=CONFIG))
-    stacked = parallel.replicate(weights())
-    loss, count = evaluate.span_loss(step, stacked, TOKENS, some, CONFIG, 16)
+    loss, count = evaluate.span_loss(losses_of_our_model(), TOKENS, some, CONFIG, 16)
     assert count == 100
     assert loss == pytest.approx(expected, rel=1e-6)
 
@@ -96,7 +101,7 @@ def hellaswag(tmp_path):
 
 def test_hellaswag_endings_have_pytorchs_likelihood_and_decide_as_it_does(hellaswag):
     questions = evaluate.read_hellaswag(hellaswag, TOKENIZER)
-    losses = evaluate.hellaswag_losses(parallel.replicate(weights()), questions, CONFIG, rows=8)
+    losses = evaluate.hellaswag_losses(losses_of_our_model(), questions, CONFIG, rows=8)
     expected, plain, normalised = np.zeros((3, 4)), 0, 0
     for i, (context, endings, label) in enumerate(ROWS):
         lengths = [len(ending) + 1 for ending in endings]
@@ -113,7 +118,7 @@ def test_hellaswag_endings_have_pytorchs_likelihood_and_decide_as_it_does(hellas
 def test_an_ending_longer_than_the_block_is_refused():
     questions = [Question(TOKENS[:3], (TOKENS[:2], TOKENS[:13], TOKENS[:12], TOKENS[:20]), 0)]
     with pytest.raises(UserError, match=r"2 endings are longer .* 12 \(the longest has 20 tokens"):
-        evaluate.hellaswag_losses(parallel.replicate(weights()), questions, CONFIG, rows=8)
+        evaluate.hellaswag_losses(losses_of_our_model(), questions, CONFIG, rows=8)
 
 
 def test_the_likelier_ending_need_not_be_the_likelier_per_token():

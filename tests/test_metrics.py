@@ -38,8 +38,8 @@ def test_a_resume_drops_the_rows_that_come_again_and_goes_on_counting_time(tmp_p
 
 def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics.Log(path, 0).append(row(0))
-    metrics.Log(path, 0).append(row(0))
+    metrics.Log(path, None).append(row(0))
+    metrics.Log(path, None).append(row(0))
     assert len(metrics.read(path)) == 1
 
 

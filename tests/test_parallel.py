@@ -1,22 +1,158 @@
-"""Rows to devices, copies to devices, memory, the compilation cache."""
+"""The two ways to lay out a state: the same numbers, the same checkpoints."""
 
-import ctypes
-import os
+import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import parallel
-from gptjax.errors import UserError
+from gptjax import data, parallel, train
+from gptjax.config import ModelConfig, TrainConfig
+
+STRATEGIES = {kind: parallel.strategy(kind) for kind in ("pmap", "fsdp")}
+MODEL = ModelConfig(2, 2, 32, block_size=16, vocab_size=50, dropout=0.2)
+CONFIG = TrainConfig(model=MODEL, batch_size=16, max_steps=30, learning_rate=1e-2)
+TOKENS = (np.arange(5000) * 7 + np.random.default_rng(0).integers(0, 3, 5000)) % 50
 
 
-def test_rows_reach_devices_and_micro_batches_in_order():
-    rows = np.arange(48)[:, None]
-    split = parallel.split_rows(rows, 3)
-    assert split.shape == (8, 3, 2, 1)
-    assert np.array_equal(split.reshape(-1), np.arange(48))
+def rows_at(step: int) -> np.ndarray:
+    return data.batch_at(TOKENS, CONFIG.seed, step, batch_size=16, block_size=16)
+
+
+def trained(strategy: parallel.Strategy, config: TrainConfig, accumulation_steps: int = 1):
+    """(the built state after three steps, the last metrics)."""
+    step = strategy.map_train_step(partial(train.train_step, config=config), accumulation_steps)
+    state = strategy.place(strategy.build(lambda: train.init_state(config)))
+    for i in range(3):
+        state, metrics = step(state, rows_at(i), stop=0)
+    return strategy.unplace(state), parallel.fetch(metrics)
+
+
+def trained_alone(config: TrainConfig):
+    """The same on one device, without any mapping."""
+    step = jax.jit(partial(train.train_step, config=config))
+    state = jax.jit(lambda: train.init_state(config))()
+    for i in range(3):
+        state, metrics = step(state, train.whole_batch(rows_at(i)[None]))
+    return state, {name: float(x) for name, x in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return trained_alone(CONFIG)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_eight_devices_equal_one_dropout_included(kind, accumulation_steps, alone):
+    assert_same_training(trained(STRATEGIES[kind], CONFIG, accumulation_steps), alone)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layer": 0},
+        {"n_head": 3, "n_embd": 36, "tied_head": False},  # shares of nothing: 36 / 8 is no whole
+        {"position": "sinusoidal", "vocab_multiple": 64, "attention_pattern": ("dense", "banded")},
+        {"remat": True, "bias": False},
+    ],
+)
+def test_fsdp_equals_one_device_for_every_kind_of_model(change):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, **change))
+    assert_same_training(trained(STRATEGIES["fsdp"], config), trained_alone(config))
+
+
+def assert_same_training(ours, expected):
+    (state, metrics), (their_state, their_metrics) = ours, expected
+    assert metrics["train_loss"] == pytest.approx(their_metrics["train_loss"], rel=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(their_metrics["grad_norm"], rel=1e-4)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(their_state), strict=True):
+        # Adam divides small gradients by their own size, which magnifies rounding.
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_what_is_built_is_what_the_loader_makes_and_a_copy_outlives_the_next_step(kind):
+    strategy = STRATEGIES[kind]
+    built = strategy.build(lambda: train.init_state(CONFIG))
+    for x, target in zip(
+        jax.tree.leaves(built), jax.tree.leaves(strategy.targets(built)), strict=True
+    ):
+        assert x.sharding == target.sharding and x.shape == target.shape
+    before = jax.tree.map(np.array, built)
+    state = strategy.place(built)
+    copy = strategy.unplace(state)
+    step = strategy.map_train_step(partial(train.train_step, config=CONFIG))
+    for i in range(3):
+        state, _ = step(state, rows_at(i))
+    for x, y in zip(jax.tree.leaves(copy), jax.tree.leaves(before), strict=True):
+        assert np.array_equal(x, y)
+    assert not np.array_equal(strategy.unplace(state).params["wte"], before.params["wte"])
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_all_devices_learn_the_largest_stop_signal_after_the_same_step(kind):
+    strategy = STRATEGIES[kind]
+
+    def step(state, batch, axis_name=None):
+        return state, {"loss": batch.windows.sum().astype(jnp.float32)}
+
+    mapped = strategy.map_train_step(step)
+    for signal in (0, 15):
+        state = strategy.place(strategy.build(lambda: {"x": jnp.zeros(3)}))
+        _, metrics = mapped(state, np.ones((8, 2), np.int32), stop=signal)
+        assert parallel.fetch(metrics)["stop"] == signal
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_evaluation_gives_every_rows_loss_in_order_and_the_stop_signal(kind):
+    strategy = STRATEGIES[kind]
+    params = strategy.place(strategy.build(lambda: train.init_state(CONFIG).params))
+    step = strategy.map_eval_step(partial(train.eval_step, config=MODEL))
+    windows = rows_at(0)
+    weights = np.random.default_rng(0).integers(0, 2, (16, 16)).astype(np.float32)
+    sums, stop = step(params, windows, weights, 2)
+    bare = jax.jit(partial(train.eval_step, config=MODEL))
+    expected = bare(strategy.for_sampling(params), windows, weights)
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    assert stop == 2
+
+
+def test_every_replica_holds_bitwise_the_same_state_after_steps_with_dropout():
+    strategy = STRATEGIES["pmap"]
+    step = strategy.map_train_step(partial(train.train_step, config=CONFIG))
+    state = strategy.place(strategy.build(lambda: train.init_state(CONFIG)))
+    for i in range(3):
+        state, _ = step(state, rows_at(i))
+    for leaf in jax.tree.leaves(state):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == 8 and all(np.array_equal(copies[0], c) for c in copies)
+
+
+def test_fsdp_leaves_an_eighth_of_every_matrix_on_each_device():
+    state = STRATEGIES["fsdp"].build(lambda: train.init_state(CONFIG))
+    for path, x in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path)
+        share = 8 if any(end in name for end in ("kernel", "wte", "wpe")) else 1
+        assert x.addressable_shards[0].data.size == x.size // share, name
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_one_trace_serves_all_steps(kind):
+    traces = []
+
+    def counted(state, batch, axis_name=None):
+        traces.append(1)
+        return train.train_step(state, batch, CONFIG, axis_name)
+
+    strategy = STRATEGIES[kind]
+    step = strategy.map_train_step(counted)
+    state = strategy.place(strategy.build(lambda: train.init_state(CONFIG)))
+    for i in range(4):
+        state, _ = step(state, rows_at(i), stop=i)
+    assert len(traces) == 1
 
 
 def test_hosts_feed_contiguous_shares_of_the_same_global_batch(monkeypatch):
@@ -26,87 +162,3 @@ def test_hosts_feed_contiguous_shares_of_the_same_global_batch(monkeypatch):
         monkeypatch.setattr(jax, "process_index", lambda host=host: host)
         shares.append(np.arange(32)[parallel.host_rows(32)])
     assert np.array_equal(np.concatenate(shares), np.arange(32))
-
-
-def test_copies_go_out_and_come_back_unchanged():
-    tree = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.int32(7)}
-    stacked = parallel.replicate(tree)
-    assert stacked["a"].shape == (8, 2, 3)
-    for back in (parallel.unreplicate(stacked), parallel.first_copy(stacked)):
-        assert jax.tree.all(jax.tree.map(np.array_equal, back, tree))
-    assert len(parallel.unreplicate(stacked)["a"].sharding.device_set) == 1  # one process
-    assert parallel.fetch(parallel.replicate({"x": jnp.float32(1.5)})) == {"x": 1.5}
-
-
-def test_what_unreplicate_returns_survives_donation_of_the_original():
-    stacked = parallel.replicate({"a": jnp.arange(1000.0)})
-    one = parallel.unreplicate(stacked)
-    step = jax.pmap(lambda x: jax.tree.map(lambda y: y * 0 - 1, x), donate_argnums=0)
-    for _ in range(3):
-        stacked = step(stacked)
-    assert np.array_equal(one["a"], np.arange(1000.0))
-
-
-def test_all_devices_learn_the_largest_stop_signal_after_the_same_step():
-    step = parallel.map_train_step(lambda state, batch, axis_name: (state, {"loss": batch.sum()}))
-    batch = np.ones((8, 1))
-    _, quiet = step(parallel.replicate({"x": jnp.zeros(3)}), batch)
-    _, stopped = step(parallel.replicate({"x": jnp.zeros(3)}), batch, stop=15)
-    assert (parallel.fetch(quiet)["stop"], parallel.fetch(stopped)["stop"]) == (0, 15)
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="not glibc")
-def test_a_step_gets_its_memory_back_and_not_from_the_kernel(command):
-    """In processes of their own: malloc is told once, before the threads start."""
-    script = """
-import resource, sys
-from gptjax import parallel
-if len(sys.argv) > 1:
-    parallel.start("cpu", None, 10**9)
-import jax, jax.numpy as jnp
-step = jax.jit(lambda x: x + 1)
-faults, x = [], jnp.zeros(1 << 24)
-for _ in range(60):
-    x = step(x).block_until_ready()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(sum(after - before > 1000 for before, after in zip(faults[-21:], faults[-20:])))
-"""
-    # 64 MiB are 16,384 pages, and more than malloc ever keeps by itself. Its heap still grows now
-    # and then.
-    kept, returned = (int(command("-c", script, *flags).stdout) for flags in (["keep"], []))
-    assert returned > 15 and kept < 5
-
-
-def test_the_compilation_cache_loses_its_oldest_files_beyond_its_size(tmp_path):
-    for age, name in enumerate(["new", "middle", "old"]):
-        (tmp_path / name).write_bytes(bytes(100))
-        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
-    parallel._delete_oldest(tmp_path, 300)
-    assert len(list(tmp_path.iterdir())) == 3
-    parallel._delete_oldest(tmp_path, 150)
-    assert [file.name for file in tmp_path.iterdir()] == ["new"]
-
-
-def test_xla_flags_of_the_user_are_kept(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
-    parallel.add_xla_flag("--xla_bar=2")
-    parallel.add_xla_flag("--xla_foo=3")
-    assert parallel.os.environ["XLA_FLAGS"] == "--xla_foo=1 --xla_bar=2"
-
-
-def test_a_missing_device_is_named_with_what_to_do():
-    with pytest.raises(UserError, match=r"JAX finds no gpu here, only cpu; install jax\[cuda13\]"):
-        parallel.use_platform("gpu")
-
-
-@pytest.mark.parametrize(
-    ("kind", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12),
-     ("NVIDIA A100-SXM4-80GB", 312e12), ("TPU v4", 275e12), ("TPU v5 lite", 197e12),
-     ("cpu", None), ("NVIDIA L40", None)],
-)  # fmt: skip
-def test_peak_flops_are_the_datasheets_or_unknown(monkeypatch, kind, peak):
-    device = type("Device", (), {"device_kind": kind})
-    monkeypatch.setattr(jax, "devices", lambda: [device] * 4)
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert parallel.peak_flops() == (4 * peak if peak else None)

@@ -1,4 +1,4 @@
-"""The step: accumulation, devices, dropout keys, and a trajectory against PyTorch."""
+"""The step: accumulation, dropout keys, and a trajectory against PyTorch."""
 
 import dataclasses
 from functools import partial
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptjax import data, optim, parallel, state_dict, torch_gpt, train
+from gptjax import data, optim, state_dict, torch_gpt, train
 from gptjax.config import ModelConfig, TrainConfig
 
 MODEL = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=50)
@@ -27,7 +27,12 @@ def rows_at(step: int, config: TrainConfig = CONFIG) -> np.ndarray:
 
 
 def step_alone(config: TrainConfig = CONFIG):
-    return jax.jit(lambda state, batch: train.train_step(state, batch, config))
+    """A step that takes windows [A, b, T + 1]."""
+
+    def step(state, windows):
+        return train.train_step(state, train.whole_batch(windows), config)
+
+    return jax.jit(step)
 
 
 def in_torch(params) -> torch_gpt.TorchGPT:
@@ -49,42 +54,14 @@ def test_accumulated_micro_batches_equal_the_big_batch():
     assert_close(small.params, big.params, rtol=1e-4, atol=1e-5)
 
 
-def test_eight_devices_equal_one():
-    alone = init_state(CONFIG)
-    together = parallel.replicate(alone)
-    mapped = parallel.map_train_step(partial(train.train_step, config=CONFIG))
-    step = step_alone()
-    for i in range(5):
-        alone, expected = step(alone, rows_at(i)[None])
-        together, metrics = mapped(together, parallel.split_rows(rows_at(i), 1))
-        assert parallel.fetch(metrics)["train_loss"] == pytest.approx(
-            float(expected["train_loss"]), rel=1e-6
-        )
-    assert_close(parallel.first_copy(together).params, alone.params, rtol=1e-3, atol=2e-5)
-
-
-def test_every_device_holds_bitwise_the_same_state_after_steps_with_dropout():
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=0.3))
-    state = parallel.replicate(init_state(config))
-    step = parallel.map_train_step(partial(train.train_step, config=config))
-    for i in range(3):
-        state, _ = step(state, parallel.split_rows(rows_at(i), 1))
-    for leaf in jax.tree.leaves(state):
-        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
-        assert len(copies) == 8 and all(np.array_equal(copies[0], c) for c in copies)
-
-
-def test_dropout_keys_differ_across_devices_steps_and_seeds_and_repeat():
-    def keys(seed, step):
-        def key(_):
-            return jax.random.key_data(train.dropout_key(seed, step, "devices"))
-
-        return np.asarray(jax.pmap(key, axis_name="devices")(np.arange(8)))
+def test_dropout_keys_differ_across_steps_and_seeds_and_repeat():
+    def key(seed, step):
+        return tuple(np.asarray(jax.random.key_data(train.dropout_key(seed, step))))
 
     asked = [(seed, step) for seed in (0, 1) for step in (0, 1, 1000)]
-    drawn = np.concatenate([keys(*at) for at in asked])
-    assert len(np.unique(drawn, axis=0)) == 8 * len(asked)
-    assert np.array_equal(keys(1, 1000), drawn[-8:])
+    drawn = [key(*at) for at in asked]
+    assert len(set(drawn)) == len(asked)
+    assert key(1, 1000) == drawn[-1]
 
 
 def test_dropout_masks_differ_between_steps_and_repeat_for_the_same_step():
@@ -126,36 +103,21 @@ def test_thirty_steps_follow_pytorchs_loss_from_the_same_weights():
     assert losses[-1] < 0.7 * losses[0]  # and it learns
 
 
-def test_evaluation_is_the_weighted_mean_of_pytorchs_losses():
+def test_evaluation_sums_pytorchs_losses_of_each_window_where_they_count():
     params = init_state(CONFIG).params
     theirs = in_torch(params)
     windows, weights = data.windows_at(
-        TOKENS[:1000], [data.Span(0, 17, 1), data.Span(990, 1000, 991)], 16, 8
+        TOKENS[:1000], [data.Span(0, 17, 1), data.Span(990, 1000, 991)], 16, 3
     )
-    stacked = parallel.replicate(params)
-    pieces = (parallel.split_rows(part, 1)[:, 0] for part in (windows, weights))
-    sums = parallel.map_eval_step(partial(train.eval_step, config=MODEL))(stacked, *pieces)
-    got = parallel.fetch({"loss": sums[0], "count": sums[1]})
+    sums = jax.jit(partial(train.eval_step, config=MODEL))(params, windows, weights)
     whole = torch.from_numpy(windows[:1]).long()
     short = torch.from_numpy(windows[1:2, :10]).long()  # 990 ... 999: nine targets
     with torch.no_grad():
-        expected = 16 * torch_gpt.cross_entropy(theirs(whole[:, :-1]), whole[:, 1:])
-        expected += 9 * torch_gpt.cross_entropy(theirs(short[:, :-1]), short[:, 1:])
-    assert got["count"] == 25
-    assert got["loss"] == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_one_trace_serves_all_steps_on_all_devices():
-    traces = []
-
-    def counted(state, batch, axis_name):
-        traces.append(1)
-        return train.train_step(state, batch, CONFIG, axis_name)
-
-    step, state = parallel.map_train_step(counted), parallel.replicate(init_state(CONFIG))
-    for i in range(4):
-        state, _ = step(state, parallel.split_rows(rows_at(i), 1), stop=i)
-    assert len(traces) == 1
+        expected = [
+            n * torch_gpt.cross_entropy(theirs(part[:, :-1]), part[:, 1:]).item()
+            for n, part in ((16, whole), (9, short))
+        ]
+    assert sums.tolist() == pytest.approx([*expected, 0.0], rel=1e-5)
 
 
 def test_init_follows_the_seed():

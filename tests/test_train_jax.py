@@ -5,64 +5,18 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHAKESPEARE, assert_one_clear_line, command_environment
+from runs import TINY, TRAIN, assert_same_run, final_state, logged, start, wait_for
 
-from gptjax import checkpoint, state_dict, torch_gpt, train
+from gptjax import checkpoint, state_dict, torch_gpt
 from gptjax.checkpoint import Checkpoints
-
-TRAIN = ROOT / "train_jax.py"
-TINY = (
-    "--data.source text.txt --model.n-layer 2 --model.n-head 2 --model.n-embd 16"
-    " --model.block-size 16 --model.dropout 0.1 --batch-size 8 --max-steps 40 --eval-interval 10"
-    " --log-interval 5 --sample-tokens 20 --eval-full-split --num-devices 2"
-).split()
-
-
-def final_state(run_dir: Path, step: int = 40) -> list[np.ndarray]:
-    """Every array of the checkpoint, in order."""
-    with Checkpoints(run_dir) as checkpoints:
-        config = checkpoints.facts(step).config
-        shapes = jax.eval_shape(lambda: train.init_state(config))
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = checkpoint.abstract(shapes, here)
-        loaded = checkpoints.restore(step, params=target.params, opt_state=target.opt_state)
-    return [np.asarray(x) for x in jax.tree.leaves(loaded)]
-
-
-def assert_same_state(a: Path, b: Path) -> None:
-    for x, y in zip(final_state(a), final_state(b), strict=True):
-        assert np.array_equal(x, y)
-
-
-def logged(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without its timing fields."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: r[k] for k in r if k not in ("seconds", "tokens_per_second")} for r in rows]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, cache_dir):
-    """A finished run and its folder; the text beside it."""
-    from conftest import TEXT
-
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    (folder / "text.txt").write_text(TEXT)
-    result = subprocess.run(
-        [sys.executable, TRAIN, *TINY, "--run-dir", "run"],
-        cwd=folder, env=command_environment(cache_dir), capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return folder / "run", result
-
 
 # -------------------------------------------------------------------------- what it shows
 
@@ -104,8 +58,8 @@ def test_the_exact_validation_loss_is_pytorchs_over_the_whole_split(uninterrupte
     theirs = torch_gpt.from_state_dict(config.model, tensors)
     val = np.fromfile(Path(config.data.dir) / "val.bin", "<u2").astype(np.int64)
     total = 0.0
-    for start in range(0, len(val) - 1, 16):
-        window = torch.from_numpy(val[start : start + 17])[None]
+    for at in range(0, len(val) - 1, 16):
+        window = torch.from_numpy(val[at : at + 17])[None]
         with torch.no_grad():
             loss = torch_gpt.cross_entropy(theirs(window[:, :-1]), window[:, 1:])
         total += loss.item() * (window.shape[1] - 1)
@@ -133,27 +87,10 @@ def test_the_same_command_again_finds_the_run_complete(uninterrupted, cache_dir)
 # ------------------------------------------------------------------------------ resuming
 
 
-def start(tmp_path: Path, cache_dir: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, TRAIN, *TINY, "--run-dir", "run", *more],
-        cwd=tmp_path, env=command_environment(cache_dir), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
-def wait_for(process: subprocess.Popen, words: str) -> str:
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if words in line:
-            return seen
-    raise AssertionError(f"{words!r} never came: {seen} {process.stderr.read()}")
-
-
 def test_killed_and_resumed_equals_uninterrupted_bitwise(
     uninterrupted, tmp_path, text_file, cache_dir, command
 ):
-    process = start(tmp_path, cache_dir)
+    process = start(tmp_path, cache_dir, *TINY, "--run-dir", "run")
     wait_for(process, "step 25/40")
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -162,15 +99,14 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(
     result = command(TRAIN, "--run-dir", "run")
     assert result.returncode == 0, result.stderr
     assert re.search(r"resumed at step (10|20|30)", result.stdout)
-    assert_same_state(uninterrupted[0], tmp_path / "run")
-    assert logged(uninterrupted[0]) == logged(tmp_path / "run")
+    assert_same_run(uninterrupted[0], tmp_path / "run")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_signal_saves_says_how_to_resume_and_loses_nothing(
     uninterrupted, tmp_path, text_file, cache_dir, command, number, code
 ):
-    process = start(tmp_path, cache_dir)
+    process = start(tmp_path, cache_dir, *TINY, "--run-dir", "run")
     wait_for(process, "step 15/40")
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
@@ -179,8 +115,7 @@ def test_a_stop_signal_saves_says_how_to_resume_and_loses_nothing(
     assert 15 <= saved < 40
     result = command(TRAIN, "--run-dir", "run")
     assert result.returncode == 0 and f"resumed at step {saved}" in result.stdout
-    assert_same_state(uninterrupted[0], tmp_path / "run")
-    assert logged(uninterrupted[0]) == logged(tmp_path / "run")
+    assert_same_run(uninterrupted[0], tmp_path / "run")
 
 
 def test_a_resume_with_other_settings_is_refused_with_both_values(uninterrupted, cache_dir):
@@ -211,53 +146,6 @@ def test_another_text_is_noticed_by_its_fingerprint(uninterrupted, tmp_path, cac
     tokens.tofile(tmp_path / "set" / "train.bin")
     result = command(TRAIN, "--run-dir", "run", "--data.dir", "set")
     assert_one_clear_line(result, "the tokens: fingerprint", "in the run", "set now")
-
-
-def start_two(tmp_path: Path, cache_dir: Path, *more: str) -> list[subprocess.Popen]:
-    """Two real processes with one CPU device each, over gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = command_environment(
-            cache_dir, JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(rank),
-        )  # fmt: skip
-        flags = [*TINY, "--num-devices", "1", "--run-dir", "run", *more]
-        processes.append(subprocess.Popen(
-            [sys.executable, TRAIN, *flags], cwd=tmp_path, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        ))  # fmt: skip
-    return processes
-
-
-def test_two_processes_train_as_one_does(uninterrupted, tmp_path, text_file, cache_dir):
-    processes = start_two(tmp_path, cache_dir)
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "2 x cpu on 2 hosts" in outputs[0][0]
-    assert "step 40/40" not in outputs[1][0]  # only the first host reports
-    ours, alone = logged(tmp_path / "run"), logged(uninterrupted[0])
-    assert [row["step"] for row in ours] == [row["step"] for row in alone]
-    for a, b in zip(ours[1:], alone[1:], strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
-    for x, y in zip(final_state(tmp_path / "run"), final_state(uninterrupted[0]), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-3)
-
-
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(
-    uninterrupted, tmp_path, text_file, cache_dir, command
-):
-    processes = start_two(tmp_path, cache_dir, "--max-steps", "4000", "--lr-decay-steps", "40")
-    wait_for(processes[0], "step 15/4000")
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [143, 143], outputs
-    saved = {re.search(r"saved step (\d+)", out)[1] for out, _ in outputs}
-    assert len(saved) == 1
-    with Checkpoints(tmp_path / "run") as checkpoints:
-        assert {str(checkpoints.latest_step)} == saved
 
 
 # ----------------------------------------------------------------------------- bad input

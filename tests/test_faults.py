@@ -1,0 +1,379 @@
+"""What can happen to a run, done to real processes: nothing is lost but time. README's table of
+faults names these tests."""
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TEXT, assert_one_clear_line, command_environment
+from runs import TINY, TRAIN, assert_same_run, close_to, finish, logged, start, wait_for
+
+from gptjax import checkpoint
+from gptjax.checkpoint import Checkpoints
+
+RUN = ["--run-dir", "run"]
+
+
+def resumed(tmp_path, cache_dir, *flags) -> subprocess.CompletedProcess:
+    result = finish(start(tmp_path, cache_dir, *RUN, *flags))
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture
+def half(uninterrupted, tmp_path, cache_dir, text_file):
+    """The uninterrupted run, stopped after step 20: its folder."""
+    process = start(tmp_path, cache_dir, *TINY, *RUN)
+    wait_for(process, "step 20: validation")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).returncode == 143
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert len(checkpoints.steps) >= 2
+    return tmp_path / "run"
+
+
+# ------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory, cache_dir):
+    """(the flags of a run that evaluates for seconds, that run without interruption)."""
+    folder = tmp_path_factory.mktemp("slow")
+    (folder / "text.txt").write_text(TEXT * 12)
+    flags = [*TINY, "--data.val-fraction", "0.9", "--eval-interval", "20", "--sample-tokens", "0"]
+    result = finish(start(folder, cache_dir, *flags, *RUN))
+    assert result.returncode == 0, result.stderr
+    return flags, folder
+
+
+def test_a_stop_during_an_evaluation_saves_the_step_and_evaluates_it_after_resuming(
+    slow, tmp_path, cache_dir
+):
+    flags, reference = slow
+    (tmp_path / "text.txt").write_text((reference / "text.txt").read_text())
+    process = start(tmp_path, cache_dir, *flags, *RUN)
+    wait_for(process, "step 15/40")
+    time.sleep(0.5)  # five steps take milliseconds, the evaluation that follows takes seconds
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    result = finish(process)
+    assert result.returncode == 130 and time.monotonic() - began < 10
+    assert "saved step 20. Resume" in result.stdout
+    assert logged(tmp_path / "run")[-1]["step"] == 15
+    assert checkpoint.newest_facts(tmp_path / "run").unfinished["step"] == 20
+    # And once more, in the evaluation that is made up for.
+    process = start(tmp_path, cache_dir, *RUN)
+    wait_for(process, "batch ")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    assert "saved step 20. Resume" in finish(process).stdout
+    resumed(tmp_path, cache_dir)
+    assert_same_run(reference / "run", tmp_path / "run")
+
+
+def test_a_stop_in_the_evaluation_of_step_1_loses_no_row(slow, tmp_path, cache_dir):
+    flags, reference = slow
+    (tmp_path / "text.txt").write_text((reference / "text.txt").read_text())
+    short = [*flags, "--eval-interval", "1", "--max-steps", "2"]
+    process = start(tmp_path, cache_dir, *short, *RUN)
+    wait_for(process, "step 0: validation")
+    time.sleep(0.7)
+    process.send_signal(signal.SIGTERM)
+    assert "saved step 1. Resume" in finish(process).stdout
+    resumed(tmp_path, cache_dir)
+    assert [row["step"] for row in logged(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_hangup_saves_and_an_ignored_one_does_not_stop(tmp_path, text_file, cache_dir):
+    long = [*TINY, *RUN, "--max-steps", "9000", "--lr-decay-steps", "9000"]
+    process = start(tmp_path, cache_dir, *long)
+    wait_for(process, "step 10: validation")
+    process.send_signal(signal.SIGHUP)
+    result = finish(process)
+    assert result.returncode == 128 + signal.SIGHUP and "saved step" in result.stdout
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does for its child
+    try:
+        process = start(tmp_path, cache_dir, *RUN)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(process, "compiled and took")
+    process.send_signal(signal.SIGHUP)
+    wait_for(process, "validation loss")
+    process.kill()
+    finish(process)
+
+
+def test_a_stop_nobody_can_read_of_is_saved_all_the_same(tmp_path, text_file, cache_dir):
+    """stderr is a pipe that is full, stdout one that is closed."""
+    reading, full = os.pipe()
+    os.set_blocking(full, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(full, b"x" * 4096)
+    os.set_blocking(full, True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", TRAIN, *TINY, *RUN, "--max-steps", "9000"], cwd=tmp_path,
+        env=command_environment(cache_dir), text=True, stdout=subprocess.PIPE, stderr=full,
+    )  # fmt: skip
+    wait_for(process, "step 10: validation")
+    process.stdout.close()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    os.close(reading)
+    os.close(full)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.latest_step > 10
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_harms_nothing(slow, tmp_path, cache_dir):
+    flags, reference = slow
+    (tmp_path / "text.txt").write_text((reference / "text.txt").read_text())
+    process = start(tmp_path, cache_dir, *flags, *RUN, "--save-interval", "1")
+    wait_for(process, "step 15/40")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    assert finish(process).returncode in (-signal.SIGINT, 130)
+    assert time.monotonic() - began < 2
+    resumed(tmp_path, cache_dir)
+    assert_same_run(reference / "run", tmp_path / "run")
+
+
+def test_a_stop_while_sampling_or_after_the_last_step_is_quick(
+    uninterrupted, tmp_path, text_file, cache_dir
+):
+    for flags, words, code in ((TINY, "step 10: validation", 143), ([], "complete at step", 0)):
+        process = start(tmp_path, cache_dir, *flags, *RUN, "--sample-tokens", "1000000")
+        wait_for(process, words)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        result = finish(process)
+        assert time.monotonic() - began < 10 and result.returncode == code, result.stderr
+        resumed(tmp_path, cache_dir, "--sample-tokens", "0")
+        assert_same_run(uninterrupted[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_while_preparing_data_leaves_nothing_half_done(tmp_path, cache_dir, number, code):
+    (tmp_path / "text.txt").write_text(TEXT * 300)
+    flags = [*TINY, "--data.tokenizer", "sentencepiece", "--data.sentencepiece-vocab-size", "500"]
+    process = start(tmp_path, cache_dir, *flags, *RUN)
+    while not list((tmp_path).glob("data/.*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    result = finish(process)
+    assert result.returncode == code and result.stderr.splitlines()[-1].startswith("stopped")
+    assert not os.listdir(tmp_path / "data") and not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_preparation_has_left_is_cleared_away_but_not_anothers_work(
+    tmp_path, cache_dir, text_file, command
+):
+    process = start(tmp_path, cache_dir, *TINY, *RUN)
+    while not (left := list((tmp_path).glob("data/.*"))):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    finish(process)
+    left = left[0]
+    left.mkdir(exist_ok=True)  # it may just have been finished
+    name = left.name.split(".")[1]
+    working = left.with_name(f".{name}.working")
+    working.mkdir()
+    shutil.rmtree(tmp_path / "data" / name, ignore_errors=True)
+    with _locked(working):
+        result = command("-m", "gptjax.data", "text.txt", "--out", f"data/{name}")
+        assert result.returncode == 0, result.stderr
+    assert working.exists() and not left.exists()
+
+
+class _locked:
+    """Another process's hold on its unfinished folder."""
+
+    def __init__(self, folder):
+        self.file = os.open(folder, os.O_RDONLY)
+
+    def __enter__(self):
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_):
+        os.close(self.file)
+
+
+# -------------------------------------------------------------------------------- damage
+
+
+def test_a_damaged_newest_checkpoint_is_named_put_aside_and_the_one_before_goes_on(
+    half, uninterrupted, tmp_path, cache_dir
+):
+    newest = max(int(p.name) for p in (half / "checkpoints").iterdir() if p.name.isdigit())
+    largest = max((half / "checkpoints" / str(newest)).rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 16
+    largest.write_bytes(content)
+    out = resumed(tmp_path, cache_dir).stdout
+    assert f"checkpoints/{newest} is damaged" in out or f"checkpoints/{newest} cannot" in out
+    assert f"moved to run/damaged-{newest}" in out and (half / f"damaged-{newest}").is_dir()
+    assert int(re.search(r"resumed at step (\d+)", out)[1]) < newest
+    assert_same_run(uninterrupted[0], half)
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_anew_by_itself(half, tmp_path, cache_dir):
+    for path in (half / "checkpoints").glob("*/params"):
+        shutil.rmtree(path)
+    for _ in range(2):
+        result = finish(start(tmp_path, cache_dir, *RUN))
+        assert_one_clear_line(result, "no checkpoint of run is whole", "name another --run-dir")
+    assert not [p for p in (half / "checkpoints").iterdir() if p.name.isdigit()]
+    assert len(list(half.glob("damaged-*"))) >= 2
+
+
+def test_a_disk_that_fills_up_is_one_clear_line_and_the_run_goes_on_when_there_is_room(
+    uninterrupted, tmp_path, text_file, cache_dir
+):
+    """A limit on the size of files, set on the running process, stands in for the full disk."""
+    process = start(tmp_path, cache_dir, *TINY, *RUN)
+    wait_for(process, "step 10: validation")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (5_000, 5_000))
+    assert_one_clear_line(finish(process), "cannot", "run", code=1)
+    resumed(tmp_path, cache_dir)
+    assert_same_run(uninterrupted[0], tmp_path / "run")
+
+
+AS_ANYONE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Runs a program without root's right to write everywhere."""
+
+
+def test_a_read_only_run_directory_is_one_clear_line(half, tmp_path, cache_dir):
+    before = logged(half)
+    half.chmod(0o555)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", AS_ANYONE, TRAIN, *RUN], cwd=tmp_path,
+            env=command_environment(cache_dir), capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        half.chmod(0o755)
+    assert_one_clear_line(result, "run", "Permission denied", code=1)
+    assert logged(half) == before
+
+
+def test_a_second_process_on_a_run_is_refused_and_a_dead_ones_lock_is_nobodys(
+    half, uninterrupted, tmp_path, cache_dir
+):
+    process = start(tmp_path, cache_dir, *RUN, "--sample-tokens", "1000000")
+    wait_for(process, "batch ")
+    assert_one_clear_line(
+        finish(start(tmp_path, cache_dir, *RUN)), f"run is in use by process {process.pid} on"
+    )
+    process.kill()
+    finish(process)
+    assert str(process.pid) in (half / "lock").read_text()
+    resumed(tmp_path, cache_dir, "--sample-tokens", "0")
+    assert_same_run(uninterrupted[0], half)
+
+
+def test_data_cut_short_under_a_running_process_is_one_clear_line(
+    uninterrupted, tmp_path, text_file, cache_dir
+):
+    process = start(tmp_path, cache_dir, *TINY, *RUN, "--sample-tokens", "0", "--max-steps", "9000")
+    wait_for(process, "step 20: validation")
+    (path,) = tmp_path.glob("data/*/train.bin")
+    whole = path.read_bytes()
+    os.truncate(path, 1000)
+    assert_one_clear_line(finish(process), "train.bin is shorter than when it was opened", code=1)
+    result = finish(start(tmp_path, cache_dir, *RUN))
+    assert_one_clear_line(result, "train.bin holds 500 tokens, but meta.json says")
+    path.write_bytes(whole)
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        step = checkpoints.latest_step
+    more = ["--max-steps", str(step + 5), "--lr-decay-steps", "9000"]
+    assert f"resumed at step {step}" in resumed(tmp_path, cache_dir, *more).stdout
+
+
+# ------------------------------------------------------------------------ other machines
+
+
+@pytest.mark.parametrize(("devices", "strategy"), [(1, "pmap"), (2, "fsdp"), (4, "pmap")])
+def test_eight_devices_checkpoint_goes_on_with_the_same_batches_on(
+    uninterrupted, tmp_path, text_file, cache_dir, devices, strategy
+):
+    eight = [*TINY, "--num-devices", "8", "--max-steps", "20", "--lr-decay-steps", "40"]
+    first = finish(start(tmp_path, cache_dir, *eight, *RUN))
+    assert first.returncode == 0 and "8 x cpu" in first.stdout, first.stderr
+    more = ["--max-steps", "40", "--num-devices", str(devices), "--parallel.strategy", strategy]
+    assert "resumed at step 20" in resumed(tmp_path, cache_dir, *more).stdout
+    # The reference ran on two devices, with dropout.
+    assert close_to(tmp_path / "run", uninterrupted[0]) < 1e-4
+    sample = subprocess.run(
+        [sys.executable, ROOT / "generate_jax.py", *RUN, "--max-new-tokens", "30"],
+        cwd=tmp_path, env=command_environment(cache_dir), capture_output=True, text=True,
+    )  # fmt: skip
+    assert sample.returncode == 0 and len(sample.stdout) > 30, sample.stderr
+
+
+# ---------------------------------------------------------------------------------- soak
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(
+    request, tmp_path, cache_dir, capsys
+):
+    """`--kills 100` for a long one. Every third signal is SIGTERM, the others SIGKILL."""
+    kills = request.config.getoption("--kills")
+    seed = request.config.getoption("--soak-seed")
+    draw = random.Random(seed)
+    steps = 40 + 10 * kills
+    # So large that a save takes longer than a step: nearly always one is under way.
+    flags = (
+        "--data.source text.txt --model.n-layer 2 --model.n-head 2 --model.n-embd 256"
+        " --model.block-size 16 --model.dropout 0.1 --batch-size 2 --eval-interval 20"
+        " --eval-batches 2 --log-interval 3 --save-interval 1 --sample-tokens 8"
+        f" --max-steps {steps}"
+    ).split()
+    (tmp_path / "text.txt").write_text(TEXT)
+    whole = finish(start(tmp_path, cache_dir, *flags, "--run-dir", "whole"), timeout=3600)
+    assert whole.returncode == 0, whole.stderr
+    counts = {"kill": 0, "term": 0, "mid-save": 0, "before training": 0}
+    folder = tmp_path / "run" / "checkpoints"
+    for number in range(kills):
+        process = start(tmp_path, cache_dir, *flags, *RUN)
+        if draw.random() < 0.8:
+            wait_for(process, "compiled and took")
+            time.sleep(draw.uniform(0, 1.5))
+        else:
+            time.sleep(draw.uniform(0, 4))
+            counts["before training"] += 1
+        kind = "term" if number % 3 == 2 else "kill"
+        process.send_signal(signal.SIGTERM if kind == "term" else signal.SIGKILL)
+        result = finish(process)
+        counts[kind] += 1
+        assert result.returncode in (0, -9, -15, 143), result.stderr
+        unfinished = [p for p in folder.glob("*") if not p.name.isdecimal()]
+        counts["mid-save"] += bool(unfinished)
+        if "complete at step" in result.stdout:
+            break
+    last = finish(start(tmp_path, cache_dir, *RUN), timeout=3600)
+    assert last.returncode == 0, last.stderr
+    assert f"step {steps}" in last.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "run", steps)
+    assert not [p for p in folder.glob("*") if not p.name.isdecimal()]
+    assert not list((tmp_path / "run").glob("damaged-*"))
+    with capsys.disabled():
+        print(f"\nsoak, seed {seed}: {json.dumps(counts)}, {steps} steps")
