@@ -193,15 +193,19 @@ class Replicas(Strategy):
     def map_eval_step(
         self, step: Callable[..., jax.Array]
     ) -> Callable[..., tuple[np.ndarray, int]]:
-        def mapped(params: Any, windows: jax.Array, weights: jax.Array, stop: jax.Array) -> Any:
-            rows = jax.lax.all_gather(step(params, windows, weights), AXIS, tiled=True)
-            return rows, jax.lax.pmax(stop, AXIS)
+        def mapped(params: Any, batch: Batch, weights: jax.Array, stop: jax.Array) -> Any:
+            sums = step(params, batch.windows, weights)
+            found = jax.lax.all_gather((sums, batch.rows), AXIS, tiled=True)
+            return *found, jax.lax.pmax(stop, AXIS)
 
         pmapped = jax.pmap(mapped, axis_name=AXIS)
 
         def run(params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0) -> Any:
-            rows, stop = pmapped(params, _spread(windows), _spread(weights), _everywhere(stop))
-            return np.asarray(_local(rows)).reshape(-1), int(np.asarray(_local(stop)).item())
+            batch = Batch(*map(_spread, _numbered(windows)))
+            found = pmapped(params, batch, _spread(weights), _everywhere(stop))
+            sums, rows, largest = (np.asarray(_local(x)).reshape(-1) for x in found)
+            # A pod's devices need not come in the order of its hosts.
+            return sums[np.argsort(rows)], int(largest[0])
 
         return run
 
