@@ -30,14 +30,18 @@ def start(folder: Path, cache_dir: Path, *flags: str, **environment: str) -> sub
     )  # fmt: skip
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start_hosts(
     count: int, folder: Path, cache_dir: Path, *flags: str, each: list[list[str]] | None = None
 ) -> list[subprocess.Popen]:
     """So many processes with one CPU device each, which find each other by JAX's variables; with
     `each` one's own flags."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     return [
         start(
             folder, cache_dir, *flags, *(each[rank] if each else []), "--num-devices", "1",

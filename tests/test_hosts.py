@@ -14,6 +14,7 @@ from runs import (
     close_to,
     final_state,
     finish,
+    free_port,
     logged,
     start,
     start_hosts,
@@ -160,12 +161,12 @@ def test_hosts_with_different_settings_are_refused(tmp_path, text_file, cache_di
 
 
 def test_a_run_directory_of_each_hosts_own_is_refused(tmp_path, text_file, cache_dir):
-    processes = []
+    processes, port = [], free_port()
     for rank, folder in enumerate((tmp_path, tmp_path / "other")):
         folder.mkdir(exist_ok=True)
         (folder / "text.txt").write_text(text_file.read_text())
         environment = {
-            "JAX_COORDINATOR_ADDRESS": "127.0.0.1:47124", "JAX_NUM_PROCESSES": "2",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2",
             "JAX_PROCESS_ID": str(rank),
         }  # fmt: skip
         flags = [*TINY, "--run-dir", "run", "--num-devices", "1"]
@@ -188,17 +189,22 @@ def test_hosts_that_do_not_come_are_one_clear_line(tmp_path, text_file, cache_di
 
 def test_two_processes_of_the_same_number_are_refused(tmp_path, text_file, cache_dir):
     processes: list[subprocess.Popen] = []
-    address = None
+    port = free_port()
     for _ in range(2):
         environment = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
-        address = address or "127.0.0.1:47123"
         flags = [*TINY, "--distributed.initialization-timeout", "8"]
         processes.append(
-            start(tmp_path, cache_dir, *flags, JAX_COORDINATOR_ADDRESS=address, **environment)
+            start(
+                tmp_path,
+                cache_dir,
+                *flags,
+                JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+                **environment,
+            )
         )
         time.sleep(3)
     results = [finish(process) for process in processes]
-    assert_one_clear_line(results[1], "process 0 cannot listen on port 47123")
+    assert_one_clear_line(results[1], f"process 0 cannot listen on port {port}")
     assert results[0].returncode == 1 and "did not come together" in results[0].stderr
 
 
