@@ -252,6 +252,7 @@ class Run:
     def save(self, step: int, facts: Facts, log: metrics.Log) -> None:
         """Start a checkpoint of the state after `step` steps."""
         log.flush()
+        self.checkpoints.wait()  # for the copy that is still being written
         one = self.strategy.unplace(self.state)
         self.checkpoints.save(step, one.params, one.opt_state, facts)
 
@@ -434,7 +435,8 @@ def train_in(run_dir: Path, config: TrainConfig, dataset: Dataset) -> None:
         RunError: what was begun cannot be finished.
     """
     resume = f"python train_jax.py --run-dir {shlex.quote(str(run_dir))}"
-    anywhere = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=None))
+    place_free = dataclasses.replace(config.data, dir=None)
+    anywhere = dataclasses.replace(config, init_from=None, data=place_free)
     if not parallel.same(config_lib.to_json(anywhere) + dataset.fingerprint):
         raise UserError("the hosts have different settings or data; start the same command on all")
     try:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
 from gptjax import config as config_lib
-from gptjax import optim, places
+from gptjax import optim, places, watch
 from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError, first_line
 from gptjax.model import Params, init_params, mix
@@ -220,25 +220,26 @@ class Checkpoints:
             self._prune(self._keep)
 
     def _prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` and the best."""
+        """Delete all but the newest `keep` and the best; nothing, while one of them cannot be read.
+        What cannot be deleted is no reason to lose a new one."""
+        for folder in self.directory.glob(f"{DELETED}*"):  # of a process that was killed
+            _remove(folder)
         steps = self.steps
-        losses: dict[int, float] = {}
-        for step in steps:
-            with contextlib.suppress(Damaged):
-                if (loss := self._val_loss(step)) is not None:
-                    losses[step] = loss
-        best = min(losses.values(), default=None)
+        try:
+            losses = {step: self._val_loss(step) for step in steps}
+        except Damaged:
+            return
+        best = min((loss for loss in losses.values() if loss is not None), default=None)
         for step in steps[:-keep]:
-            if best is None or losses.get(step) != best:
+            if best is None or losses[step] != best:
                 # First it ceases to be a checkpoint, all at once.
                 folder = self.directory / str(step)
-                if places.is_remote(folder):
-                    (folder / COMMITTED).unlink()
-                else:
-                    folder = folder.rename(self.run_dir / f"{DELETED}{step}")
-                _remove(folder)
-        for folder in self.run_dir.glob(f"{DELETED}*"):  # of a process that was killed
-            _remove(folder)
+                with contextlib.suppress(Exception):  # the file system's and gcsfs's kinds
+                    if places.is_remote(folder):
+                        (folder / COMMITTED).unlink()
+                    else:
+                        folder = folder.rename(self.directory / f"{DELETED}{step}")
+                    _remove(folder)
 
     def _failed(self, error: Exception) -> RunError:
         reason = _gist(error)
@@ -258,12 +259,14 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> Path:
         """Move a damaged checkpoint out of the way, to RUN_DIR/damaged-STEP; where to."""
-        for number in itertools.count(1):
-            to = self.run_dir / (f"damaged-{step}-{number}" if number > 1 else f"damaged-{step}")
-            if not to.exists():
+        damaged = self.directory / str(step)
+        to = self.run_dir / f"damaged-{step}"
+        for number in itertools.count(2):
+            if not to.exists() or not damaged.exists():
                 break
-        with contextlib.suppress(FileNotFoundError):  # another host was faster
-            (self.directory / str(step)).rename(to)
+            to = self.run_dir / f"damaged-{step}-{number}"
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # another host was faster
+            damaged.rename(to)
         return to
 
     def damaged(self) -> list[Path]:
@@ -284,6 +287,7 @@ class Checkpoints:
 
         Raises:
             Damaged: a file is missing, cut short or changed, or it is another model's.
+            RunError: another host has gone meanwhile.
         """
         where = f"the checkpoint {self.directory}/{step}"
         _, digests = _read_record(self.directory / str(step))
@@ -294,6 +298,8 @@ class Checkpoints:
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
+            if watch.is_loss(error):  # no fault of the checkpoint's
+                raise RunError(watch.GONE) from error
             reason = _gist(error)
             if "incompatible handler" in reason:
                 reason = "a part of it is missing"
@@ -403,7 +409,7 @@ def newest_facts(run_dir: Path) -> Facts | None:
 
 def _finished(run_dir: Path) -> list[Path]:
     """On a disk a checkpoint gets its name when it is whole, in a bucket this file."""
-    named = [p for p in run_dir.glob("checkpoints/*") if re.fullmatch("0|[1-9][0-9]*", p.name)]
+    named = [p for p in run_dir.glob("checkpoints/*") if re.fullmatch("0|[1-9][0-9]{0,9}", p.name)]
     if places.is_remote(run_dir):
         return [path for path in named if (path / COMMITTED).exists()]
     return named

@@ -157,7 +157,8 @@ class StopSignal:
 
     def _received(self, number: int, _: Any) -> None:
         self.number = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         # Not through Python's streams, which may be in the middle of a line. The last characters
         # show the cursor again, should a second signal leave no time to.
         text = f"\n{signal.Signals(number).name}: finishing what is in hand, then saving"
@@ -169,7 +170,10 @@ class StopSignal:
 
 def run(main: Callable[[list[str]], None]) -> int:
     """Call `main` with the command line; the process's exit code."""
-    # Closed by the caller (>&-): nobody listens.
+    # Closed by the caller (>&-): nobody listens, and no file must take the stream's place.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
@@ -228,11 +232,13 @@ def _terminate(*_: object) -> None:
 
 
 def _failed(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
     return _ended(code)
 
 
 def _ended(code: int) -> int:
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     watch.failed(code)
     return code

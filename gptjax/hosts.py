@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from typing import Any
 
 import jax
@@ -37,7 +38,8 @@ def join(config: DistributedConfig, *, tpu: bool) -> None:
     # JAX's own watch for preemption would take SIGTERM away from us.
     jax.config.update("jax_enable_preemption_service", False)
     # It waits in C++, where a signal's handler in Python is heard of only at the end.
-    before = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
+    heard = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in heard}
     try:
         jax.distributed.initialize(
             **given,
@@ -49,6 +51,11 @@ def join(config: DistributedConfig, *, tpu: bool) -> None:
         untold = isinstance(error, OSError) or "coordinator_address should be" in str(error)
         if tpu and untold and not any(given.values()):
             watch.stop()  # a TPU whose machine has nobody to ask about others
+            print(
+                f"warning: no other hosts are known here ({first_line(error)}); this one trains"
+                " alone (JAX_NUM_PROCESSES=1 says so without a warning)",
+                file=sys.stderr,
+            )
             return
         raise RunError(
             f"the hosts could not be joined{where}: {first_line(error)}; name process 0's HOST:PORT"

@@ -80,8 +80,8 @@ class RunLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return self.holder() or "another process"
-        except OSError:  # a network file system without locks
-            return None
+        except OSError:
+            pass  # a network file system without locks
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

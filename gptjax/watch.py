@@ -5,6 +5,7 @@ descriptor 2, and SIGABRT. And a process that fails by itself would wait at its 
 who wait for it.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -55,7 +56,8 @@ class Watch:
                 if FATAL in text:
                     self.end(1, self.line)
                 if not hidden:
-                    os.write(self._stderr, text)
+                    with contextlib.suppress(OSError):
+                        os.write(self._stderr, text)
 
     def stop(self) -> None:
         """There are no other hosts."""
@@ -64,15 +66,16 @@ class Watch:
 
     def end(self, code: int, line: str = "") -> None:
         """End the process now, with one line of whoever calls first."""
-        self._once.acquire()  # never released
-        if os.isatty(1):
-            os.write(1, b"\033[?25h\n")  # a progress bar hides the cursor
-        if line:
-            os.write(self._stderr, f"error: {line}\n".encode())
         timer = threading.Timer(2, os._exit, [code])  # in case nobody reads our output
         timer.daemon = True
         timer.start()
-        sys.stdout.flush()
+        self._once.acquire()  # never released
+        with contextlib.suppress(OSError):
+            if os.isatty(1):
+                os.write(1, b"\033[?25h\n")  # a progress bar hides the cursor
+            if line:
+                os.write(self._stderr, f"error: {line}\n".encode())
+            sys.stdout.flush()
         os._exit(code)
 
 
@@ -83,5 +86,6 @@ def failed(code: int) -> None:
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether a failed computation failed because another host has gone."""
-    return bool(Watch.active and LOST.search(str(error)))
+    """Whether work failed because another host has gone, or does not come."""
+    lost = isinstance(error, TimeoutError) or LOST.search(str(error))
+    return bool(Watch.active and lost)

@@ -80,11 +80,28 @@ def test_checkpoints_between_evaluations_go_and_the_best_stays(tmp_path, state):
 def test_what_a_killed_deletion_has_left_is_no_checkpoint_and_goes(tmp_path, state):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         save(checkpoints, 1, state)
-    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "deleted-0")
+    left = tmp_path / "checkpoints" / "deleted-0"
+    shutil.copytree(tmp_path / "checkpoints" / "1", left)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.steps == [1]
         save(checkpoints, 2, state)
-    assert steps(tmp_path) == [2] and not (tmp_path / "deleted-0").exists()
+    assert steps(tmp_path) == [2] and not left.exists()
+
+
+def test_nothing_is_deleted_while_one_cannot_be_read_for_it_might_be_the_best(tmp_path, state):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, 1, state, 1.0)
+    path = tmp_path / "checkpoints" / "1" / checkpoint.METADATA
+    content = path.read_text()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, 2, state, 2.0)
+        path.write_text("{")
+        checkpoints._val_losses.clear()
+        save(checkpoints, 3, state, 3.0)
+        checkpoints.wait()
+        assert steps(tmp_path) == [1, 2, 3]
+        path.write_text(content)
+    assert steps(tmp_path) == [1, 3]
 
 
 def test_leaving_waits_for_the_last_save(tmp_path, state):
