@@ -420,7 +420,7 @@ def main(argv: list[str]) -> None:
 def seen_by_all(lock: RunLock) -> bool:
     """Whether all hosts read there what the first one has written; a network disk may take some
     seconds."""
-    for _ in range(20):
+    for _ in range(10):
         if parallel.same(lock.holder()):
             return True
         time.sleep(1)

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,11 @@ import pytest
 hypothesis.settings.register_profile("gptjax", deadline=None)
 hypothesis.settings.load_profile("gptjax")
 jax.config.update("jax_num_cpu_devices", 8)
+# A shell ignores Ctrl-C for what it starts in the background, nohup SIGHUP; what the tests start
+# would inherit that, and respect it.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler)
 
 
 def pytest_addoption(parser):
