@@ -4,7 +4,8 @@ One thing differs from nanoGPT: the output head is not tied to the embedding, wh
 parameters here and takes 0.02 off the validation loss (--model.tied-head True is nanoGPT's).
 """
 
-from gptjax.config import DataConfig, ModelConfig, TrainConfig
+from gptjax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.runtime_config import RuntimeConfig
 
 config = TrainConfig(
     model=ModelConfig(
@@ -18,13 +19,8 @@ config = TrainConfig(
         tied_head=False,
     ),
     data=DataConfig(source="shakespeare", tokenizer="char"),
+    optimizer=OptimizerConfig(learning_rate=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99),
     batch_size=12,
     max_steps=2000,
-    learning_rate=1e-3,
-    min_lr=1e-4,
-    warmup_steps=100,
-    beta2=0.99,
-    eval_interval=250,
-    eval_full_split=True,
-    log_interval=10,
 )
+runtime = RuntimeConfig(eval_interval=250, eval_full_split=True, log_interval=10)

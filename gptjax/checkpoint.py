@@ -1,12 +1,11 @@
-"""Checkpoints of a run: the only file that knows Orbax.
+"""Checkpoints: arrays by Orbax, and beside them a file of our own that says what they are.
 
-RUN_DIR/checkpoints/STEP is self-contained: parameters, optimizer state, and in its metadata the
-config, the tokenizer, the fingerprint of the data, the losses, and a digest of every array: so
-damage is found that no file format notices.
+RUN_DIR/checkpoints/STEP holds the arrays, RUN_DIR/checkpoints/STEP.json the metadata (any JSON
+object) with a digest of every array: so damage is found that no file format notices. The metadata
+is written first; a checkpoint counts once Orbax has given its folder its name, all at once.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -15,78 +14,58 @@ import logging
 import math
 import re
 import shutil
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptjax import config as config_lib
-from gptjax import optim, places, watch
-from gptjax.config import TrainConfig
+from gptjax import files
+from gptjax.devices import peer_failure
 from gptjax.errors import RunError, UserError, first_line
-from gptjax.model import Params, init_params, mix
+from gptjax.hashed_random import mix
 
-# Orbax logs the tracebacks of a failed save or load, then raises it: once is enough.
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
-
-
-METADATA = "_CHECKPOINT_METADATA"
-"""Orbax's file in a checkpoint that holds what we add."""
-
+ORBAX_METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's file in a checkpoint, in which gptjax 0.1 kept its metadata."""
 
 COMMITTED = "commit_success.txt"
-"""Orbax's last file in a checkpoint in a bucket."""
+"""Orbax's last file in a checkpoint in a bucket, where folders cannot be renamed."""
 
 DELETED = "deleted-"
 """Begins the name of a checkpoint that is being deleted."""
 
 
-class Damaged(UserError):
+class Corrupted(UserError):
     """A checkpoint that cannot be used. An older one may be whole."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What a checkpoint knows besides arrays."""
-
-    config: TrainConfig
-    tokenizer: str
-    """`tokenizers.to_json` of the run's tokenizer."""
-    data_fingerprint: str | None
-    """Of the tokens it was trained on; None where they are not known: the weights were imported."""
-    best_val_loss: float | None
-    """Of the run so far."""
-    val_loss: float | None = None
-    """Of these weights, where it was measured."""
-    unfinished: dict[str, Any] | None = None
-    """The last step's row for metrics.jsonl, where the run was stopped before its evaluation."""
-
-
 class Checkpoints:
-    """The checkpoints of one run directory. A context manager: leaving it waits for the last
-    save."""
+    """The checkpoints of one run directory. A context manager: leaving it waits for the last save.
+
+    Metadata is a JSON object. Of its fields this class knows `val_loss`, and `eval_windows`: how it
+    was measured; the best checkpoint is the one with the lowest loss among those measured alike.
+    """
 
     def __init__(self, run_dir: Path, keep: int | None = None):
         """`keep`: the newest checkpoints to keep besides the best; None opens for reading.
 
         Raises:
-            UserError: opened for reading, and there is no run.
+            UserError: opened for reading, and there is no run; or Orbax cannot save there.
         """
         self.run_dir = run_dir
-        where = run_dir if places.is_remote(run_dir) else run_dir.absolute()
-        self.directory = where / "checkpoints"
-        if keep is None and not self.directory.is_dir():
+        root = run_dir if files.is_remote(run_dir) else run_dir.absolute()
+        self.directory = root / "checkpoints"
+        if keep is not None and "[" in str(root):
+            # It looks for what it has written by a pattern, and finds nothing.
             raise UserError(
-                f"no run in {run_dir}: expected a folder that train_jax.py --run-dir has written"
+                f"{root} has a [ in its name, where Orbax loses what it saves; use another"
             )
+        if keep is None and not self.directory.is_dir():
+            raise UserError(f"no run in {run_dir}: expected a folder that training has written")
         self._keep = keep
-        self._val_losses: dict[int, float | None] = {}
+        self._metadata: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -97,14 +76,17 @@ class Checkpoints:
                 self.wait()
         finally:
             if "_saver" in self.__dict__:
-                with contextlib.suppress(Exception):  # told by `wait`, or by what came before
+                with contextlib.suppress(Exception):  # reported by `wait`, or by what came before
                     self._saver.close()
 
     @functools.cached_property
     def _saver(self) -> ocp.training.Checkpointer:
-        """Made for the first save: it cannot stand damaged checkpoints, and readers need none. It
-        clears away what an interrupted save has left."""
+        """Made for the first save: it cannot stand corrupted checkpoints, and readers need none. It
+        removes what an interrupted save has left."""
         assert self._keep is not None, "opened for reading"
+        # Orbax logs the traceback of a failed save or load, then raises it: once is enough.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         return ocp.training.Checkpointer(
             self.directory,
             # Orbax would delete old ones under their own names: a kill leaves half of one.
@@ -115,31 +97,12 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Of all finished checkpoints, in order."""
-        return sorted(int(path.name) for path in _finished(self.run_dir))
+        return finished_steps(self.run_dir)
 
     @property
     def latest_step(self) -> int | None:
         """The newest checkpoint's step; None where there is none."""
         return max(self.steps, default=None)
-
-    def by_loss(self) -> list[int]:
-        """The steps by their validation loss, the lowest first; before them those that cannot be
-        read, after them those without one."""
-
-        def rank(step: int) -> tuple[float, int]:
-            try:
-                loss = self._val_loss(step)
-            except Damaged:
-                return -math.inf, -step
-            return math.inf if loss is None else loss, -step
-
-        return sorted(self.steps, key=rank)
-
-    def _val_loss(self, step: int) -> float | None:
-        """Raises Damaged."""
-        if step not in self._val_losses:
-            self._val_losses[step] = self.facts(step).val_loss
-        return self._val_losses[step]
 
     def candidates(self, name: str) -> list[int]:
         """The steps that "latest", "best" or a number names, in the order in which to try them.
@@ -150,60 +113,92 @@ class Checkpoints:
         if name == "latest":
             found = self.steps[::-1]
         elif name == "best":
-            found = self.by_loss()
+            found = self._by_loss()
         else:
             found = [step for step in self.steps if str(step) == name]
         if not found:
-            there = ", ".join(map(str, self.steps)) or "none"
-            raise UserError(f"no checkpoint {name!r} in {self.directory}; there are: {there}")
+            existing = ", ".join(map(str, self.steps)) or "none"
+            raise UserError(f"no checkpoint {name!r} in {self.directory}; there are: {existing}")
         return found
 
-    def save(self, step: int, params: Any, opt_state: Any, facts: Facts) -> None:
-        """Start saving in the background; waits only for the save before it, and deletes what is
-        no longer kept then.
+    def _by_loss(self) -> list[int]:
+        """The steps by their validation loss, the lowest first; before them those that cannot be
+        read (they may be the best), after them those without a loss, or measured otherwise than the
+        newest."""
+        unreadable, losses = [], {}
+        for step in self.steps[::-1]:
+            try:
+                losses[step] = self._loss(step)
+            except Corrupted:
+                unreadable.append(step)
+        measure = next((windows for loss, windows in losses.values() if loss is not None), None)
 
-        `opt_state` None: there is none, the optimizer starts afresh when training goes on.
+        def rank(step: int) -> float:
+            loss, windows = losses[step]
+            return math.inf if loss is None or windows != measure else loss
+
+        return unreadable + sorted(losses, key=rank)  # of equal ones the newest first
+
+    def _loss(self, step: int) -> tuple[float | None, int | None]:
+        """(validation loss, how it was measured). Raises Corrupted."""
+        if step not in self._metadata:
+            self._metadata[step] = self.read_metadata(step)
+        metadata = self._metadata[step]
+        return metadata.get("val_loss"), metadata.get("eval_windows")
+
+    def save(self, step: int, arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Start saving named trees of arrays in the background. Waits only for the save before it,
+        and then deletes what is no longer kept.
 
         Raises:
             RunError: this save or the one before it failed, for instance on a full disk; or a
                 number is not finite.
         """
-        parts = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
-        found = {name: _digests(tree) for name, tree in parts.items()}
-        wild = [
-            array for part in found.values() for array, (_, finite) in part.items() if not finite
+        found = {name: _digests(tree) for name, tree in arrays.items()}
+        non_finite = [
+            path for part in found.values() for path, (_, finite) in part.items() if not finite
         ]
-        if wild:
+        if non_finite:
             raise RunError(
-                f"the state after step {step} is not finite (in {wild[0]}); it was not saved;"
-                f" {self.safe()}"
+                f"the state after step {step} is not finite (in {non_finite[0]}); it was not saved;"
+                f" {self.last_saved()}"
             )
-        digests = {part: {a: number for a, (number, _) in by.items()} for part, by in found.items()}
-        record = _signed({"facts": _facts_to_json(facts), "digests": digests})
-        self._val_losses[step] = facts.val_loss
+        digests = {name: {p: digest for p, (digest, _) in d.items()} for name, d in found.items()}
         self.wait()
         try:
-            with _writing():
-                self._saver.save_checkpointables_async(
-                    step, parts, force=True, custom_metadata=record
-                )
-        except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
-            raise self._failed(error) from error
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                self._write_metadata(step, metadata, digests)
+            with _save_options():
+                self._saver.save_checkpointables_async(step, arrays, force=True)
+        except Exception as error:  # of tensorstore, Orbax and the file system
+            raise self._save_failed(error) from error
+        self._metadata[step] = metadata
 
-    def amend(self, step: int, facts: Facts, *, writes: bool) -> None:
-        """Replace what a finished checkpoint says besides its arrays. Only one host `writes`.
+    def update_metadata(self, step: int, metadata: dict[str, Any], *, writes: bool) -> None:
+        """Replace the metadata of a finished checkpoint. Only one host `writes`.
 
         Raises:
             OSError: it cannot be written.
         """
-        self._val_losses[step] = facts.val_loss
-        if not writes:
-            return
-        path = self.directory / str(step) / METADATA
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        whole["custom_metadata"] |= {"facts": _facts_to_json(facts)}
-        whole["custom_metadata"] = _signed(whole["custom_metadata"])
-        places.replace_file(path, json.dumps(whole))
+        if writes:
+            self._write_metadata(step, metadata, self._read_record(step)["digests"])
+        self._metadata[step] = metadata
+
+    def _write_metadata(self, step: int, metadata: dict[str, Any], digests: Any) -> None:
+        record = _signed({"metadata": metadata, "digests": digests})
+        files.write_atomic(self.directory / f"{step}.json", json.dumps(record) + "\n")
+
+    def read_metadata(self, step: int) -> dict[str, Any]:
+        """Raises Corrupted: it is not what was written."""
+        return self._read_record(step)["metadata"]
+
+    def array_names(self, step: int) -> list[str]:
+        """Of the trees that were saved. Raises Corrupted."""
+        return list(self._read_record(step)["digests"])
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        return read_record(self.directory, step)
 
     def wait(self) -> None:
         """Return when everything is on disk, and nothing more than is to be kept.
@@ -214,8 +209,8 @@ class Checkpoints:
         try:
             if "_saver" in self.__dict__:
                 self._saver.wait()
-        except Exception as error:  # as in `save`: what failed in the background comes here
-            raise self._failed(error) from error
+        except Exception as error:  # as in `save`: what failed in the background is raised here
+            raise self._save_failed(error) from error
         if self._keep and jax.process_index() == 0:
             self._prune(self._keep)
 
@@ -225,29 +220,34 @@ class Checkpoints:
         for folder in self.directory.glob(f"{DELETED}*"):  # of a process that was killed
             _remove(folder)
         steps = self.steps
+        for path in self.directory.glob("*.json"):  # of a save that was not finished
+            if path.stem not in map(str, steps):
+                path.unlink(missing_ok=True)
         try:
-            losses = {step: self._val_loss(step) for step in steps}
-        except Damaged:
+            measured = {step for step in steps if self._loss(step)[0] is not None}
+        except Corrupted:
             return
-        best = min((loss for loss in losses.values() if loss is not None), default=None)
+        best = [step for step in self._by_loss() if step in measured][:1]
         for step in steps[:-keep]:
-            if best is None or losses[step] != best:
-                # First it ceases to be a checkpoint, all at once.
-                folder = self.directory / str(step)
-                with contextlib.suppress(Exception):  # the file system's and gcsfs's kinds
-                    if places.is_remote(folder):
-                        (folder / COMMITTED).unlink()
-                    else:
-                        folder = folder.rename(self.directory / f"{DELETED}{step}")
-                    _remove(folder)
+            if step in best:
+                continue
+            # First it ceases to be a checkpoint, all at once.
+            folder = self.directory / str(step)
+            with contextlib.suppress(Exception):  # of the file system and gcsfs
+                if files.is_remote(folder):
+                    (folder / COMMITTED).unlink()
+                else:
+                    folder = folder.rename(self.directory / f"{DELETED}{step}")
+                (self.directory / f"{step}.json").unlink(missing_ok=True)
+                _remove(folder)
 
-    def _failed(self, error: Exception) -> RunError:
+    def _save_failed(self, error: Exception) -> RunError:
         reason = _gist(error)
         if "No space left" in str(error):
             reason = "the disk is full"
         return RunError(f"cannot save a checkpoint in {self.directory}: {reason}; {self._newest()}")
 
-    def safe(self) -> str:
+    def last_saved(self) -> str:
         """What is on disk, for an error message, once the save in progress is done."""
         with contextlib.suppress(RunError):
             self.wait()
@@ -258,95 +258,92 @@ class Checkpoints:
         return "there is no checkpoint yet" if step is None else f"step {step} is saved"
 
     def set_aside(self, step: int) -> Path:
-        """Move a damaged checkpoint out of the way, to RUN_DIR/damaged-STEP; where to."""
-        damaged = self.directory / str(step)
+        """Move a corrupted checkpoint out of the way, to RUN_DIR/damaged-STEP; where to."""
+        corrupted = self.directory / str(step)
         to = self.run_dir / f"damaged-{step}"
         for number in itertools.count(2):
-            if not to.exists() or not damaged.exists():
+            if not to.exists() or not corrupted.exists():
                 break
             to = self.run_dir / f"damaged-{step}-{number}"
-        with contextlib.suppress(FileNotFoundError, FileExistsError):  # another host was faster
-            damaged.rename(to)
+        # Where it is missing, another host was faster.
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            corrupted.rename(to)
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            (self.directory / f"{step}.json").rename(self.run_dir / f"{to.name}.json")
         return to
 
-    def damaged(self) -> list[Path]:
+    def set_aside_before(self) -> list[Path]:
         """What `set_aside` has moved."""
         return list(self.run_dir.glob("damaged-*"))
 
-    def facts(self, step: int) -> Facts:
-        """Raises Damaged."""
-        return _read_record(self.directory / str(step))[0]
-
-    def has_optimizer(self, step: int) -> bool:
-        """False for imported weights that came without their optimizer's state."""
-        return "opt_state" in _read_record(self.directory / str(step))[1]
-
     def restore(self, step: int, **targets: Any) -> dict[str, Any]:
-        """Load `params` and/or `opt_state` as given: trees of jax.ShapeDtypeStruct with a
-        sharding each, so that a checkpoint opens on any number of devices.
+        """Load the named trees: of jax.ShapeDtypeStruct with a sharding each, so that a checkpoint
+        opens on any number of devices.
 
         Raises:
-            Damaged: a file is missing, cut short or changed, or it is another model's.
-            RunError: another host has gone meanwhile.
+            Corrupted: a file is missing, cut short or changed, or it is another model's.
+            RunError: another host failed meanwhile.
         """
         where = f"the checkpoint {self.directory}/{step}"
-        _, digests = _read_record(self.directory / str(step))
+        digests = self._read_record(step)["digests"]
         try:
             loaded = ocp.load_checkpointables(self.directory / str(step), targets)
-        except Exception as error:  # tensorstore's, Orbax's and the file system's kinds
+        except Exception as error:  # of tensorstore, Orbax and the file system
             # Orbax leaves reads behind that nobody waits for any more.
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            if watch.is_loss(error):  # no fault of the checkpoint's
-                raise RunError(watch.GONE) from error
+            if peer_failure.is_peer_failure(error):  # no fault of the checkpoint's
+                raise RunError(peer_failure.MESSAGE) from error
             reason = _gist(error)
-            if "incompatible handler" in reason:
+            if "incompatible handler" in reason or "not found in the checkpoint" in reason:
                 reason = "a part of it is missing"
-            raise Damaged(f"{where} cannot be read: {reason}") from error
+            raise Corrupted(f"{where} cannot be read: {reason}") from error
         for part, tree in loaded.items():
-            for array, (number, _) in _digests(tree).items():
-                if digests.get(part, {}).get(array) != number:
-                    raise Damaged(f"{where} is damaged: {part}{array} is not what was saved")
+            for path, (digest, _) in _digests(tree).items():
+                if digests.get(part, {}).get(path) != digest:
+                    raise Corrupted(f"{where} is corrupted: {part}{path} is not what was saved")
         return loaded
 
 
-@jax.jit
-def _digest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(uint32 [], whether all is finite). A sum of hashes of each number and its place, modulo
-    2**32: the same wherever the parts of `x` lie."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    place = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return mix(mix(place) ^ bits).sum(dtype=jnp.uint32), jnp.isfinite(x).all()
+def finished_steps(run_dir: Path) -> list[int]:
+    """Of the checkpoints of a run, in order. Wakes neither Orbax nor JAX."""
+    # On a disk a checkpoint gets its name when it is whole, in a bucket this file.
+    named = [p for p in run_dir.glob("checkpoints/*") if re.fullmatch("0|[1-9][0-9]{0,9}", p.name)]
+    if files.is_remote(run_dir):
+        named = [path for path in named if (path / COMMITTED).exists()]
+    return sorted(int(path.name) for path in named)
 
 
-def _digests(tree: Any) -> dict[str, tuple[int, bool]]:
-    """{array's path: its digest}, of 32-bit arrays."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    found = [(jax.tree_util.keystr(path), _digest(x)) for path, x in leaves]
-    return {path: (int(number), bool(finite)) for path, (number, finite) in found}
+def read_record(directory: Path, step: int) -> dict[str, Any]:
+    """{"metadata": ..., "digests": {tree: {array: its digest}}} of one checkpoint, also of one that
+    gptjax 0.1 wrote. Wakes neither Orbax nor JAX.
 
-
-def _writing() -> ocp.Context:
-    """How arrays are written."""
-    context = ocp.Context()
-    # Weights hardly compress (8% in what we measured, at six times the time of the save).
-    context.array.saving.use_compression = False
-    # Host arrays are an import's, which nobody changes: no second copy of a model that may be big.
-    context.memory.deepcopy_host_arrays = False
-    return context
-
-
-class Loaded(NamedTuple):
-    """A checkpoint, to use rather than to train on."""
-
-    step: int
-    facts: Facts
-    params: Params
-    opt_state: Any = None
-    """Where it was asked for, and is there."""
+    Raises:
+        Corrupted: it is not what was written.
+    """
+    path, where = directory / f"{step}.json", f"the checkpoint {directory / str(step)}"
+    try:
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            text = (directory / str(step) / ORBAX_METADATA).read_text(encoding="utf-8")
+            record = json.loads(text)["custom_metadata"]
+        if record != _signed(record):
+            raise ValueError
+        if "metadata" in record:
+            metadata = record["metadata"]
+        else:
+            metadata = record["facts"]
+            config = metadata["config"]
+            if not config["eval_full_split"]:  # then it counted micro-batches
+                micro = config["batch_size"] // config["gradient_accumulation_steps"]
+                metadata["eval_windows"] = config["eval_batches"] * micro
+        return {"metadata": metadata, "digests": record["digests"]}
+    except OSError as error:
+        raise Corrupted(f"cannot read {where}: {_gist(error)}") from error
+    except Exception as error:  # a file that is not ours can fail in any way
+        raise Corrupted(f"{where} is corrupted: its metadata has changed") from error
 
 
 def on_one_device(shapes: Any) -> Any:
@@ -355,76 +352,31 @@ def on_one_device(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
 
 
-def load(
-    run_dir: Path,
-    name: str,
-    targets: Callable[[Any], Any] = on_one_device,
-    *,
-    optimizer: bool = False,
-) -> Loaded:
-    """The checkpoint `name` ("latest", "best" or a step), where `targets` says. Where that one is
-    damaged, the next newest or best, with a warning.
-
-    Raises:
-        UserError: there is no such run or checkpoint, or none that is whole.
-    """
-    with Checkpoints(run_dir) as checkpoints:
-        problem: Damaged | None = None
-        for step in checkpoints.candidates(name):
-            try:
-                facts = checkpoints.facts(step)
-                params = jax.eval_shape(functools.partial(init_params, facts.config.model, 0))
-                wanted = {"params": params}
-                if optimizer and checkpoints.has_optimizer(step):
-                    wanted["opt_state"] = jax.eval_shape(optim.optimizer(facts.config).init, params)
-                parts = {part: targets(shapes) for part, shapes in wanted.items()}
-                found = checkpoints.restore(step, **parts)
-            except Damaged as error:
-                problem = problem or error
-                continue
-            if problem:
-                print(f"warning: {problem}; step {step} is taken instead", file=sys.stderr)
-            return Loaded(step, facts, **found)
-        assert problem is not None
-        raise problem
+@jax.jit
+def _digest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(uint32 [], whether all is finite). A sum of hashes of each number and its index, modulo
+    2**32: the same wherever the parts of `x` lie."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return mix(mix(index) ^ bits).sum(dtype=jnp.uint32), jnp.isfinite(x).all()
 
 
-def newest_facts(run_dir: Path) -> Facts | None:
-    """Of the newest checkpoint of a run that can be read, without waking Orbax or JAX; None where
-    there is no checkpoint.
-
-    Raises:
-        Damaged: none can be read.
-    """
-    problem: Damaged | None = None
-    for path in sorted(_finished(run_dir), key=lambda path: -int(path.name)):
-        try:
-            return _read_record(path)[0]
-        except Damaged as error:
-            problem = problem or error
-    if problem:
-        raise problem
-    return None
+def _digests(tree: Any) -> dict[str, tuple[int, bool]]:
+    """{array's path: its digest}, of 32-bit arrays."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    found = [(jax.tree_util.keystr(path), _digest(x)) for path, x in leaves]
+    return {path: (int(digest), bool(finite)) for path, (digest, finite) in found}
 
 
-def _finished(run_dir: Path) -> list[Path]:
-    """On a disk a checkpoint gets its name when it is whole, in a bucket this file."""
-    named = [p for p in run_dir.glob("checkpoints/*") if re.fullmatch("0|[1-9][0-9]{0,9}", p.name)]
-    if places.is_remote(run_dir):
-        return [path for path in named if (path / COMMITTED).exists()]
-    return named
-
-
-def _remove(folder: Path) -> None:
-    if places.is_remote(folder):
-        folder.rmtree()  # type: ignore[attr-defined]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _facts_to_json(facts: Facts) -> dict[str, Any]:
-    fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts)}
-    return fields | {"config": json.loads(config_lib.to_json(facts.config))}
+def _save_options() -> ocp.Context:
+    context = ocp.Context()
+    # Weights hardly compress (8% in what we measured, at six times the time of the save).
+    context.array.saving.use_compression = False
+    # Host arrays are an import's, which nobody changes: no second copy of a model that may be big.
+    context.memory.deepcopy_host_arrays = False
+    return context
 
 
 def _signed(record: dict[str, Any]) -> dict[str, Any]:
@@ -434,34 +386,11 @@ def _signed(record: dict[str, Any]) -> dict[str, Any]:
     return rest | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _read_record(checkpoint: Path) -> tuple[Facts, dict[str, dict[str, int]]]:
-    """(facts, the digest of each array of each part).
-
-    Raises:
-        Damaged: it is not what was written.
-        UserError: it has settings that this version does not know.
-    """
-    # Orbax's own reader of this file would open every array's metadata besides.
-    try:
-        text = (checkpoint / METADATA).read_text(encoding="utf-8")
-        record = json.loads(text)["custom_metadata"]
-        if record != _signed(record):
-            raise ValueError
-        facts = Facts(
-            config=config_lib.from_json(json.dumps(record["facts"].pop("config")), str(checkpoint)),
-            **record["facts"],
-        )
-        if facts.config.model.vocab_size is None or not isinstance(facts.tokenizer, str):
-            raise TypeError
-        for loss in (facts.best_val_loss, facts.val_loss):
-            float(loss or 0)
-        return facts, record["digests"]
-    except OSError as error:
-        raise Damaged(f"cannot read the checkpoint {checkpoint}: {_gist(error)}") from error
-    except UserError:  # whole, but of another version
-        raise
-    except Exception as error:  # a file that is not ours can fail in any way
-        raise Damaged(f"the checkpoint {checkpoint} is damaged: its metadata changed") from error
+def _remove(folder: Path) -> None:
+    if files.is_remote(folder):
+        folder.rmtree()  # type: ignore[attr-defined]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _gist(error: Exception) -> str:

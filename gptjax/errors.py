@@ -2,8 +2,8 @@
 
 from typing import Any
 
-# A longer message loses its middle: what comes last says what to do.
-LONGEST = 3000
+LONGEST_MESSAGE = 3000
+"""Characters. A longer message loses its middle: what comes last says what to do."""
 
 
 class UserError(Exception):
@@ -14,12 +14,26 @@ class UserError(Exception):
     def __str__(self) -> str:
         """One line, whatever names and values of a file the message quotes."""
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
-        cut = LONGEST // 2
-        return text if len(text) <= LONGEST else f"{text[:cut]} ... {text[-cut:]}"
+        half = LONGEST_MESSAGE // 2
+        return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
-def shown(value: Any) -> str:
-    """A value of a file, to quote it in a message."""
+class ConfigError(UserError, ValueError):
+    """Settings that are out of range or do not fit together; `problems` lists each."""
+
+    def __init__(self, problems: list[str]):
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class RunError(UserError):
+    """Work that began and could not be finished (a full disk, a non-finite loss)."""
+
+    exit_code = 1
+
+
+def quoted(value: Any) -> str:
+    """A value from a file, to quote it in a message."""
     try:
         return repr(value)
     except (ValueError, RecursionError):  # more digits, or deeper, than Python spells
@@ -30,11 +44,5 @@ def first_line(error: BaseException) -> str:
     """The gist of another library's message."""
     try:
         return str(error).strip().split("\n")[0] or type(error).__name__
-    except (ValueError, RecursionError):  # a KeyError spells its key: see `shown`
+    except (ValueError, RecursionError):  # a KeyError spells its key: see `quoted`
         return type(error).__name__
-
-
-class RunError(UserError):
-    """Work that began and could not be finished (full disk, non-finite loss)."""
-
-    exit_code = 1

@@ -19,11 +19,12 @@ def learning_rate(config: TrainConfig, step: jax.Array | int) -> jax.Array:
     formula (after Loshchilov & Hutter, arXiv:1608.03983).
     """
     step = jnp.asarray(step, jnp.float32)
-    peak, least, warmup = config.learning_rate, config.min_lr, config.warmup_steps
-    rising = peak * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, config.decay_steps - warmup)
+    opt, warmup = config.optimizer, config.optimizer.warmup_steps
+    rising = opt.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, config.lr_decay_steps - warmup)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-    return jnp.where(step < warmup, rising, least + cosine * (peak - least))
+    falling = opt.min_lr + cosine * (opt.learning_rate - opt.min_lr)
+    return jnp.where(step < warmup, rising, falling)
 
 
 def decay_mask(params: Any) -> Any:
@@ -38,15 +39,21 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW (arXiv:1711.05101), without its learning rate: the update it returns is to
-    be multiplied by `learning_rate` and subtracted. So the rate follows the train state's own
-    counter, and there is one counter to trust."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2),
-        optax.add_decayed_weights(config.weight_decay, decay_mask),
+def optimizer(config: TrainConfig, rate: jax.Array | float = 0.0) -> optax.GradientTransformation:
+    """Clip, then AdamW (arXiv:1711.05101) with this step's learning rate, which is given rather
+    than counted inside: so there is one counter, the train state's."""
+    opt = config.optimizer
+    direction = optax.chain(
+        optax.clip_by_global_norm(opt.grad_clip) if opt.grad_clip else optax.identity(),
+        optax.scale_by_adam(opt.beta1, opt.beta2),
+        optax.add_decayed_weights(opt.weight_decay, decay_mask),
     )
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = direction.update(grads, state, params)
+        return jax.tree.map(lambda u: -rate * u, updates), state
+
+    return optax.GradientTransformation(direction.init, update)
 
 
 def adam_state(config: TrainConfig, count: Any, mu: Any, nu: Any) -> Any:

@@ -1,20 +1,26 @@
-"""Eight CPU devices, a small cache, and small models for all tests."""
+"""Eight CPU devices, and what tests get from pytest. All else that they share is in `helpers`."""
 
-import os
-import random
+import functools
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import hypothesis
 import jax
 import pytest
+import tiny_runs
 
-# Times vary by half on a busy machine: no test may fail for being slow.
-hypothesis.settings.register_profile("gptjax", deadline=None)
+import gptjax
+
+# No run of the tests may depend on luck, and times vary by half on a busy machine.
+hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gptjax")
 jax.config.update("jax_num_cpu_devices", 8)
+# Compiling is most of the tests' time, and their networks are tiny. What XLA makes of them with its
+# optimisations is tested by the commands that tests start.
+jax.config.update("jax_disable_most_optimizations", True)
 # A shell ignores Ctrl-C for what it starts in the background, nohup SIGHUP; what the tests start
 # would inherit that, and respect it.
 for _number in (signal.SIGINT, signal.SIGHUP):
@@ -27,18 +33,14 @@ def pytest_addoption(parser):
     parser.addoption("--soak-seed", type=int, default=0, help="of the moments when it does")
 
 
-ROOT = Path(__file__).parent.parent
-SHAKESPEARE = Path(os.environ.get("GPTJAX_CACHE_DIR", "")) / "tinyshakespeare.txt"
-
-WORDS = """now is the winter of our discontent made glorious summer by this sun and all clouds
-that loured upon house in deep bosom ocean buried brows bound with victorious wreaths bruised arms
-hung up for monuments stern alarums changed to merry meetings dreadful marches delightful""".split()
-_draw = random.Random(0)
-TEXT = "".join(
-    f"{_draw.choice(['RICHARD', 'CLARENCE', 'HASTINGS'])}:\n"
-    f"{' '.join(_draw.choices(WORDS, k=_draw.randint(4, 12))).capitalize()}.\n\n"
-    for _ in range(400)
-)
+@pytest.fixture(autouse=True, scope="session")
+def _compile_once(tmp_path_factory):
+    """A program that two tests make is compiled for the first one (or for an earlier run of the
+    tests, with JAX_COMPILATION_CACHE_DIR)."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +64,7 @@ def command(cache_dir, tmp_path):
         return subprocess.run(
             [sys.executable, *(a if isinstance(a, bytes) else str(a) for a in arguments)],
             cwd=tmp_path,
-            env=command_environment(cache_dir, **environment),
+            env=helpers.command_environment(cache_dir, **environment),
             input=stdin,
             capture_output=True,
             text=True,
@@ -72,29 +74,13 @@ def command(cache_dir, tmp_path):
     return run
 
 
-def command_environment(cache_dir: Path, **more: str) -> dict[str, str]:
-    keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    ours = {"GPTJAX_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(ROOT)}
-    return keep | ours | {"JAX_PLATFORMS": "cpu"} | more
-
-
-def assert_one_clear_line(result, *words: str, code: int = 2) -> None:
-    """What every user error looks like."""
-    assert result.returncode == code, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    for word in words:
-        assert word in lines[0], f"{word!r} is not in: {lines[0]}"
-
-
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory, cache_dir):
-    """A finished run of `runs.TINY`, and the result of its command; the text beside it."""
-    from runs import TINY, finish, start
-
+    """A finished run of `helpers.TINY`, and the result of its command; the text beside it."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    (folder / "text.txt").write_text(TEXT)
-    result = finish(start(folder, cache_dir, *TINY, "--run-dir", "run"))
+    (folder / "text.txt").write_text(helpers.TEXT)
+    flags = (*helpers.TINY, "--run-dir", "run")
+    result = helpers.finish(helpers.start(folder, cache_dir, *flags))
     assert result.returncode == 0, result.stderr
     return folder / "run", result
 
@@ -102,5 +88,20 @@ def uninterrupted(tmp_path_factory, cache_dir):
 @pytest.fixture
 def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text(TEXT)
+    path.write_text(helpers.TEXT)
     return path
+
+
+@pytest.fixture(scope="session")
+def train_tiny(cache_dir):
+    """`tiny_runs.train`: (config, run_dir, recorder=None, **runtime settings) -> recorder."""
+    return functools.partial(tiny_runs.train, cache_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, train_tiny) -> tiny_runs.TinyRun:
+    """A finished run of twelve steps in this process, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny_runs.make_config(folder)
+    recorder = train_tiny(config, folder / "run")
+    return tiny_runs.TinyRun(folder / "run", config, recorder, gptjax.load(folder / "run"))

@@ -1,89 +1,114 @@
-"""metrics.jsonl across resumes and crashes; the clock; plain lines."""
+"""metrics.jsonl: one whole line a row, through resumes, crashes and damage."""
 
 import json
-import time
+import types
+from pathlib import Path
 
+import fuzz
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gptjax import metrics
 from gptjax.errors import RunError, UserError
+from gptjax.metrics import MetricsLog
 
 
 def row(step, **other):
     return {"step": step, "train_loss": 2.0, "seconds": float(step)} | other
 
 
+def log_at(run_dir: Path, step: int = 0, unfinished: dict | None = None) -> MetricsLog:
+    """The log of a run that starts at `step`."""
+    trainer = types.SimpleNamespace(
+        checkpoints=types.SimpleNamespace(run_dir=run_dir),
+        start=types.SimpleNamespace(step=step, unfinished=unfinished),
+    )
+    log = MetricsLog()
+    log.on_start(trainer)
+    return log
+
+
+def write(log: MetricsLog, *rows: dict) -> None:
+    for each in rows:
+        log.on_step(None, each)
+
+
 def test_rows_have_every_field_and_nothing_else(tmp_path):
-    log = metrics.Log(tmp_path / "metrics.jsonl", 0)
-    log.append(row(1, secret=3))
+    write(log_at(tmp_path), row(1, secret=3), {"step": 2, "train_loss": 1.0})
+    # A row without seconds is of a step that is not reported.
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert list(json.loads(line)) == [
         "step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second",
         "seconds",
     ]  # fmt: skip
+    assert metrics.read(tmp_path / "metrics.jsonl")[0]["learning_rate"] is None
 
 
-def test_a_resume_drops_the_rows_that_come_again_and_goes_on_counting_time(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = metrics.Log(path, 0)
-    for step in (10, 20, 30):
-        log.append(row(step))
-    resumed = metrics.Log(path, 20)
-    assert resumed.seconds == 20.0
-    resumed.append(row(30, train_loss=1.0))
-    assert [(r["step"], r["train_loss"]) for r in metrics.read(path)] == [
-        (10, 2.0), (20, 2.0), (30, 1.0),
-    ]  # fmt: skip
+def test_a_resume_drops_rows_that_come_again_and_adds_up_time(tmp_path):
+    write(log_at(tmp_path), row(10), row(20), row(30))
+    write(log_at(tmp_path, 20), row(30, train_loss=1.0, seconds=5.0))
+    found = [(r["step"], r["train_loss"], r["seconds"]) for r in metrics.read(
+        tmp_path / "metrics.jsonl")]  # fmt: skip
+    assert found == [(10, 2.0, 10.0), (20, 2.0, 20.0), (30, 1.0, 25.0)]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_its_log_anew(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    metrics.Log(path, None).append(row(0))
-    metrics.Log(path, None).append(row(0))
-    assert len(metrics.read(path)) == 1
+def test_a_step_that_is_to_be_evaluated_again_loses_its_row(tmp_path):
+    write(log_at(tmp_path), row(10), row(20))
+    write(log_at(tmp_path, 20, unfinished=row(20)), row(20, val_loss=1.5, seconds=0.0))
+    found = [(r["step"], r["val_loss"], r["seconds"]) for r in metrics.read(
+        tmp_path / "metrics.jsonl")]  # fmt: skip
+    assert found == [(10, None, 10.0), (20, 1.5, 10.0)]
 
 
-def test_a_line_cut_short_by_a_crash_is_left_out_but_damage_elsewhere_is_named(tmp_path):
+def test_a_run_without_a_checkpoint_starts_its_log_anew(tmp_path):
+    write(log_at(tmp_path), row(0), row(1))
+    write(log_at(tmp_path), row(0))
+    assert len(metrics.read(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(row(1)) + "\n" + '{"step": 2, "tr')
     assert [r["step"] for r in metrics.read(path)] == [1]
-    for bad in ('{"step"', '{"step": "1"}', '{"step": true}', "[]", '{"step": 1, "seconds": "x"}'):
-        path.write_text(bad + "\n" + json.dumps(row(1)) + "\n")
-        with pytest.raises(UserError, match="line 1 is damaged"):
-            metrics.read(path)
-
-
-def test_a_log_that_cannot_be_written_is_one_clear_line(tmp_path):
-    log = metrics.Log(tmp_path / "metrics.jsonl", 0)
-    log._path = tmp_path / "gone" / "metrics.jsonl"
-    with pytest.raises(RunError, match=r"cannot write .*gone"):
-        log.append(row(1))
-
-
-def test_evaluation_time_does_not_count_as_training_time():
-    clock = metrics.StepClock(100.0, 0)
-    with clock.paused():
-        time.sleep(0.2)
-    time.sleep(0.05)
-    rate = clock.steps_per_second(10)
-    assert 100.05 <= clock.seconds() < 100.2
-    assert 10 / 0.2 < rate <= 10 / 0.05
-    assert clock.steps_per_second(10) is None
-
-
-def test_outside_a_terminal_progress_is_plain_lines(capsys):
-    with metrics.Display(total=100, done=0, visible=True) as display:
-        numbers = {"train_loss": 1.5, "learning_rate": 1e-3, "grad_norm": 0.25}
-        display.progress(numbers | {"step": 50, "tokens_per_second": 1234.5}, 0.4567, 75)
-        display.say("[not markup]")
-    assert capsys.readouterr().out == (
-        "step 50/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25 | 1,234 tokens/s | MFU 45.7%"
-        " | 1m15s left\n[not markup]\n"
-    )
+    write(log_at(tmp_path, 1), row(2))
+    assert [r["step"] for r in metrics.read(path)] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (75, "1m15s"), (7322, "2h02m")]
-)
-def test_clock(seconds, text):
-    assert metrics.clock(seconds) == text
+    "bad",
+    ['{"step"', '{"step": "1"}', '{"step": true}', "[]", '{"step": 1, "seconds": "x"}', "{}",
+     '{"step": 9223372036854775808}'],
+)  # fmt: skip
+def test_a_damaged_line_is_named(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(row(1)) + "\n" + bad + "\n" + json.dumps(row(2)) + "\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged; remove it"):
+        metrics.read(path)
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read .*metrics.jsonl: No such file"):
+        metrics.read(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match=r"cannot read .*metrics.jsonl: it is not UTF-8"):
+        metrics.read(tmp_path / "metrics.jsonl")
+
+
+def test_a_log_that_cannot_be_written_is_one_clear_line(tmp_path):
+    log = log_at(tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"cannot write .*metrics.jsonl: Is a directory"):
+        write(log, row(1))
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(drawn=st.data())
+def test_a_damaged_file_is_read_or_refused(tmp_path, drawn):
+    path = tmp_path / "metrics.jsonl"
+    whole = row(10, val_loss=None, learning_rate=1.5, grad_norm=1, tokens_per_second=2.5)
+    path.write_bytes(drawn.draw(fuzz.damaged((json.dumps(whole) + "\n").encode() * 2)))
+    rows = fuzz.read_or_refuse(lambda: metrics.read(path), path)
+    for found in rows or ():
+        assert {name: f"{found.get(name) or 0:.2f}" for name in metrics.FIELDS}

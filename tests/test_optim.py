@@ -1,23 +1,25 @@
-"""The schedule by hand, the decay mask by name, and AdamW against torch's."""
+"""The schedule by hand, the decay mask by name, and AdamW as its paper has it."""
 
+import dataclasses
+import functools
 import math
 
 import jax
 import numpy as np
+import optax
 import pytest
-import torch
 
-from gptjax import optim
-from gptjax.config import ModelConfig, TrainConfig
-from gptjax.model import init_params
+from gptjax import model, optim
+from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
 
-CONFIG = TrainConfig(
-    max_steps=2000, learning_rate=1e-3, min_lr=1e-4, warmup_steps=100, lr_decay_steps=1500
+SCHEDULE = TrainConfig(
+    optimizer=OptimizerConfig(1e-3, min_lr=1e-4, warmup_steps=100, lr_decay_steps=1500),
+    max_steps=2000,
 )
 
 
 def nanogpt_rate(it: int) -> float:
-    """nanoGPT's documented rule, in Python floats."""
+    """nanoGPT's documented rule, in Python's floats."""
     if it < 100:
         return 1e-3 * (it + 1) / 101
     if it > 1500:
@@ -28,21 +30,37 @@ def nanogpt_rate(it: int) -> float:
 
 @pytest.mark.parametrize("step", [0, 1, 50, 99, 100, 101, 800, 1499, 1500, 1501, 1999, 5000])
 def test_learning_rate_is_nanogpts_formula(step):
-    assert float(optim.learning_rate(CONFIG, step)) == pytest.approx(nanogpt_rate(step), rel=1e-5)
+    assert float(optim.learning_rate(SCHEDULE, step)) == pytest.approx(nanogpt_rate(step), rel=1e-5)
 
 
 def test_learning_rate_by_hand():
-    assert float(optim.learning_rate(CONFIG, 0)) == pytest.approx(1e-3 / 101)
-    assert float(optim.learning_rate(CONFIG, 100)) == pytest.approx(1e-3)
-    assert float(optim.learning_rate(CONFIG, 800)) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert float(optim.learning_rate(SCHEDULE, 0)) == pytest.approx(1e-3 / 101)
+    assert float(optim.learning_rate(SCHEDULE, 100)) == pytest.approx(1e-3)
+    assert float(optim.learning_rate(SCHEDULE, 800)) == pytest.approx((1e-3 + 1e-4) / 2)
+
+
+def test_decay_ends_at_max_steps_unless_given_otherwise():
+    short = OptimizerConfig(1e-3, min_lr=1e-4, warmup_steps=0)
+    config = TrainConfig(optimizer=short, max_steps=10)
+    rates = [float(optim.learning_rate(config, step)) for step in (0, 5, 10)]
+    assert rates == pytest.approx([1e-3, (1e-3 + 1e-4) / 2, 1e-4])
+
+
+@pytest.mark.parametrize("warmup", [7, 20])
+def test_a_schedule_of_warm_up_alone_stays_finite(warmup):
+    """As many steps of warm-up as there are, or more."""
+    config = TrainConfig(optimizer=OptimizerConfig(1e-3, 1e-4, warmup_steps=warmup), max_steps=7)
+    rates = [float(optim.learning_rate(config, step)) for step in range(30)]
+    assert all(map(math.isfinite, rates))
+    assert rates[:7] == pytest.approx([1e-3 * (i + 1) / (warmup + 1) for i in range(7)])
+    assert rates[-1] == pytest.approx(1e-4)
 
 
 def test_weight_decay_falls_on_exactly_these_parameters():
     config = ModelConfig(2, 2, 8, 4, vocab_size=5, tied_head=False)
-    mask = optim.decay_mask(jax.eval_shape(lambda: init_params(config, 0)))
-    names = {
-        "/".join(key.key for key in path): value for path, value in jax.tree.leaves_with_path(mask)
-    }
+    params = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))
+    mask = jax.tree.leaves_with_path(optim.decay_mask(params))
+    names = {"/".join(key.key for key in path): value for path, value in mask}
     assert {name for name, decays in names.items() if decays} == {
         "wte", "wpe", "lm_head", "h/attn/c_attn/kernel", "h/attn/c_proj/kernel",
         "h/mlp/c_fc/kernel", "h/mlp/c_proj/kernel",
@@ -53,26 +71,72 @@ def test_weight_decay_falls_on_exactly_these_parameters():
     }  # fmt: skip
 
 
-def test_the_update_is_torchs_clipped_adamw():
-    rng = np.random.default_rng(0)
-    start = {"wte": rng.standard_normal((7, 5), "f4"), "ln_f": {"scale": np.ones(5, "f4")}}
-    config = TrainConfig(learning_rate=3e-2, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1)
-    matrix = torch.nn.Parameter(torch.from_numpy(start["wte"].copy()))
-    scale = torch.nn.Parameter(torch.from_numpy(start["ln_f"]["scale"].copy()))
-    groups = [
-        {"params": [matrix], "weight_decay": 0.1},
-        {"params": [scale], "weight_decay": 0.0},
-    ]
-    theirs = torch.optim.AdamW(groups, lr=3e-2, betas=(0.9, 0.95), eps=1e-8)
-    ours, transform = start, optim.optimizer(config)
-    state = transform.init(ours)
-    for size in (10.0, 0.01, 1.0, 100.0):  # some gradients are clipped, some are not
-        grads = jax.tree.map(lambda x, s=size: s * rng.standard_normal(x.shape, "f4"), ours)
-        matrix.grad = torch.from_numpy(grads["wte"].copy())
-        scale.grad = torch.from_numpy(grads["ln_f"]["scale"].copy())
-        torch.nn.utils.clip_grad_norm_([matrix, scale], 1.0)
-        theirs.step()
-        updates, state = transform.update(grads, state, ours)
-        ours = jax.tree.map(lambda p, u: p - 3e-2 * u, ours, updates)
-    np.testing.assert_allclose(ours["wte"], matrix.detach(), rtol=2e-5, atol=1e-6)
-    np.testing.assert_allclose(ours["ln_f"]["scale"], scale.detach(), rtol=2e-5, atol=1e-6)
+def test_a_parameter_of_an_unknown_name_is_noticed():
+    with pytest.raises(AssertionError, match="unknown to the decay mask: gain"):
+        optim.decay_mask({"ln_f": {"gain": 1.0}})
+
+
+# ------------------------------------------------------------------------------- updates
+
+DECAYS = {("wte",): 0.1, ("ln_f", "scale"): 0.0}
+ADAM = OptimizerConfig(3e-2, weight_decay=0.1, beta1=0.8, beta2=0.95, grad_clip=1.0)
+
+
+def gradients(size: float, seed: int):
+    draw = np.random.default_rng(seed)
+    return {
+        "wte": size * draw.standard_normal((7, 5), "f4"),
+        "ln_f": {"scale": size * draw.standard_normal(5, "f4")},
+    }
+
+
+def adamw(start, steps, clip: float):
+    """Loshchilov & Hutter, arXiv:1711.05101, algorithm 2, after clipping; in float64."""
+    x, m, v = (np.array(value, "f8") for value in (start, 0 * start, 0 * start))
+    for t, (gradient, norm, decay, rate) in enumerate(steps, 1):
+        g = gradient * min(1, clip / norm)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+        direction = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        x -= rate * (direction + decay * x)
+    return x
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_updates_are_clipped_adamws(clip):
+    """Some gradients are clipped, some are not; with 0 none is."""
+    config = TrainConfig(optimizer=dataclasses.replace(ADAM, grad_clip=clip))
+    sizes, rates = (10.0, 0.01, 1.0, 100.0), (3e-2, 1e-2, 2e-2, 3e-2)
+    start = gradients(1.0, seed=9)
+    grads = [gradients(size, seed) for seed, size in enumerate(sizes)]
+    params, state = start, optim.optimizer(config).init(start)
+    for gradient, rate in zip(grads, rates, strict=True):
+        updates, state = optim.optimizer(config, rate).update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    norms = [np.sqrt(sum((x.astype("f8") ** 2).sum() for x in jax.tree.leaves(g))) for g in grads]
+    for path, decay in DECAYS.items():
+
+        def at(tree, path=path):
+            return functools.reduce(dict.__getitem__, path, tree)
+
+        steps = [(at(g), n, decay, r) for g, n, r in zip(grads, norms, rates, strict=True)]
+        expected = adamw(at(start), steps, clip or np.inf)
+        np.testing.assert_allclose(at(params), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_adams_parts_make_its_state_again():
+    config = TrainConfig(optimizer=ADAM)
+    params = gradients(1.0, seed=0)
+    transform = optim.optimizer(config, 1e-2)
+    _, state = transform.update(gradients(1.0, seed=1), transform.init(params), params)
+    # Without a rate it moves nothing.
+    still, _ = optim.optimizer(config).update(gradients(1.0, seed=1), state, params)
+    assert not any(x.any() for x in jax.tree.leaves(still))
+    count, mu, nu = optim.adam_parts(state)
+    g = gradients(1.0, seed=1)
+    norm = np.sqrt(sum((x**2).sum() for x in jax.tree.leaves(g)))
+    assert int(count) == 1
+    np.testing.assert_allclose(mu["wte"], 0.2 * g["wte"] / norm, rtol=1e-5)
+    np.testing.assert_allclose(nu["ln_f"]["scale"], 0.05 * (g["ln_f"]["scale"] / norm) ** 2, 1e-5)
+    again = optim.adam_state(config, count, mu, nu)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(state)))

@@ -1,0 +1,1 @@
+"""The benchmark beside PyTorch, which is no part of the package: python benchmarks/bench.py"""

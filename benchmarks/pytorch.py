@@ -1,0 +1,190 @@
+"""PyTorch's side of the benchmark, in a process of its own, without JAX: a GPT in nanoGPT's style
+with fused attention and AdamW, or Hugging Face's GPT-2 with its cache.
+
+python -m benchmarks.pytorch RUN_DIR trains a whole small run, for `startup`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import worker
+from benchmarks.worker import FIRST_STEP, Job, Turns
+from gptjax import config_io, files
+from gptjax.config import TrainConfig
+from gptjax.parity import torch_gpt
+from gptjax.runtime_config import RuntimeConfig
+
+
+def device_of(runtime: RuntimeConfig) -> str:
+    return "cuda" if runtime.device == "gpu" else "cpu"
+
+
+class Training:
+    """A model and its optimizer, trained and evaluated as nanoGPT's train.py does it."""
+
+    def __init__(self, config: TrainConfig, runtime: RuntimeConfig, *, compiled: bool = False):
+        self.config, self.runtime, self.device = config, runtime, device_of(runtime)
+        torch.manual_seed(config.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+        # nanoGPT pads the vocabulary as we do: an odd size is slow on a GPU.
+        padded = dataclasses.replace(config.model, vocab_size=config.model.padded_vocab_size)
+        model = torch_gpt.TorchGPT(padded, fused=True).to(self.device)
+        torch_gpt.initialise(model)
+        self.model: Any = torch.compile(model) if compiled else model
+        optimizer = config.optimizer
+        self.adamw = torch_gpt.adamw(
+            model, learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay,
+            betas=(optimizer.beta1, optimizer.beta2), fused=True,
+        )  # fmt: skip
+
+    def logits(self, tokens: torch.Tensor, **how: bool) -> torch.Tensor:
+        """In bfloat16 where our side computes in it."""
+        narrow = self.config.model.dtype == "bfloat16"
+        with torch.autocast(self.device, torch.bfloat16, enabled=narrow):
+            return self.model(tokens, **how)
+
+    def tokens(self, split: str) -> np.ndarray:
+        """int [n]: a split of the data set."""
+        return np.memmap(f"{self.config.data.dir}/{split}.bin", "<u4", "r")
+
+    def loss(self, tokens: np.ndarray) -> torch.Tensor:
+        """Of a micro-batch at random positions: nanoGPT's get_batch."""
+        block, count = self.config.model.block_size, self.runtime.divide_batch(self.config, 1)
+        starts = torch.randint(len(tokens) - block, (count,)).tolist()
+        rows = torch.from_numpy(np.stack([tokens[i : i + block + 1] for i in starts]).astype("i8"))
+        if self.device == "cuda":
+            rows = rows.pin_memory().to(self.device, non_blocking=True)
+        return torch_gpt.cross_entropy(self.logits(rows[:, :-1]), rows[:, 1:])
+
+    def step(self, tokens: np.ndarray) -> torch.Tensor:
+        """One training step; the loss of its last micro-batch."""
+        for _ in range(self.runtime.gradient_accumulation_steps):
+            loss = self.loss(tokens)
+            (loss / self.runtime.gradient_accumulation_steps).backward()
+        if limit := self.config.optimizer.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        self.model.eval()
+        for _ in range(self.runtime.eval_batches):
+            self.loss(self.tokens("val")).item()
+        self.model.train()
+
+
+def train(job: Job, turns: Turns) -> None:
+    """Steps of training."""
+    training = Training(job.config, job.runtime, compiled=job.side == "torch.compile")
+    training.model.train()
+    tokens = training.tokens("train")
+    for units in turns:
+        for _ in range(units):
+            loss = training.step(tokens)
+        loss.item()
+
+
+@torch.no_grad()
+def generate(job: Job, turns: Turns) -> None:
+    """Continuations of a prompt of one token, by nanoGPT's loop, which has no cache, or by Hugging
+    Face's `generate`, which has one."""
+    sample = (hugging_face_sampler if job.side.startswith("hf") else nanogpt_sampler)(job)
+    prompt = torch.zeros(job.num_samples, 1, dtype=torch.long, device=device_of(job.runtime))
+    for units in turns:
+        for _ in range(units):
+            sample(prompt).cpu()
+
+
+def nanogpt_sampler(job: Job) -> Callable[[torch.Tensor], torch.Tensor]:
+    training, block = Training(job.config, job.runtime), job.config.model.block_size
+    training.model.eval()
+
+    def sample(text: torch.Tensor) -> torch.Tensor:
+        for _ in range(job.new_tokens):
+            logits = training.logits(text[:, -block:], last_only=True)[:, -1].float() / 0.8
+            least = logits.topk(min(200, logits.shape[-1])).values[:, -1:]
+            probabilities = logits.masked_fill(logits < least, -float("inf")).softmax(-1)
+            text = torch.cat([text, torch.multinomial(probabilities, 1)], dim=1)
+        return text
+
+    return sample
+
+
+def hugging_face_sampler(job: Job) -> Callable[[torch.Tensor], torch.Tensor]:
+    import transformers  # slow to import, and only this side needs it
+
+    ours = job.config.model
+    config = transformers.GPT2Config(
+        n_layer=ours.n_layer, n_head=ours.n_head, n_embd=ours.n_embd, n_positions=ours.block_size,
+        vocab_size=ours.vocab_size or 0, eos_token_id=None, bos_token_id=None,
+        activation_function={"tanh": "gelu_new", "erf": "gelu"}[ours.gelu],
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.to(torch.device(device_of(job.runtime)))
+    if ours.dtype == "bfloat16":
+        model = model.bfloat16()  # faster than autocast, which casts the weights for every token
+
+    def sample(prompt: torch.Tensor) -> torch.Tensor:
+        return model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=job.new_tokens,
+            min_new_tokens=job.new_tokens, do_sample=True, temperature=0.8, top_k=200,
+            pad_token_id=0,
+        )  # fmt: skip
+
+    return sample
+
+
+def ceilings(job: Job, turns: Turns) -> None:
+    device = device_of(job.runtime)
+    width, length = (2048, 2**26) if device == "cpu" else (8192, 2**29)
+    dtype = torch.bfloat16 if job.config.model.dtype == "bfloat16" else torch.float32
+    square = torch.ones(width, width, device=device, dtype=dtype)
+    long = torch.ones(length, device=device)
+    product, copy = torch.empty_like(square), torch.empty_like(long)
+    found = worker.ceilings(
+        width, lambda: torch.mm(square, square, out=product)[:1].cpu(),
+        long.nbytes, lambda: copy.copy_(long)[:1].cpu(),
+    )  # fmt: skip
+    turns.facts = lambda: facts() | {"ceilings": found}
+    next(turns)
+
+
+MODES = {"train": train, "generate": generate, "ceilings": ceilings}
+
+
+def facts() -> dict[str, Any]:
+    """What the report says of this side."""
+    cuda = torch.cuda.is_initialized()
+    return {
+        "versions": f"PyTorch {torch.__version__}",
+        "devices": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads",
+        "device_count": 1,
+        "device_memory": torch.cuda.max_memory_allocated() if cuda else None,
+    }
+
+
+def startup(run_dir: Path) -> None:
+    """A whole small run: evaluate, take `max_steps`, evaluate, save."""
+    path = run_dir / "config.json"
+    training = Training(*config_io.run_settings(files.read_json(path), str(path)))
+    training.evaluate()
+    tokens = training.tokens("train")
+    for step in range(training.config.max_steps):
+        training.step(tokens).item()
+        if step == 0:
+            print(FIRST_STEP, flush=True)
+    training.evaluate()
+    state = {"model": training.model.state_dict(), "optimizer": training.adamw.state_dict()}
+    torch.save(state, run_dir / "ckpt.pt")
+
+
+if __name__ == "__main__":
+    startup(Path(sys.argv[1]))

@@ -1,0 +1,80 @@
+"""Causal attention, dense and banded, and which kernel computes it.
+
+Letters in shape comments: B batch, H heads, T queries, S keys, D head size.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.config import ModelConfig
+from gptjax.runtime_config import ComputeConfig
+
+MASKED = -1e30
+"""A score that no query attends to: finite, so that a row of them does not turn into NaN."""
+
+
+def choose(
+    config: ModelConfig, compute: ComputeConfig, *, train: bool
+) -> tuple[Literal["xla", "cudnn"], str]:
+    """(kernel, why): "cudnn", flash attention, where it can compute this model on the first
+    device; else "xla". `config.dtype` is resolved already."""
+    if compute.attention == "xla":
+        return "xla", "asked for"
+    device = jax.devices()[0]
+    nvidia = device.platform == "gpu" and "rocm" not in device.client.platform_version.lower()
+    ampere = nvidia and float(device.compute_capability) >= 8.0
+    obstacles = [
+        (not nvidia, "cuDNN needs an NVIDIA GPU"),
+        (nvidia and not ampere, "cuDNN needs compute capability 8.0"),
+        (config.dtype != "bfloat16", "cuDNN needs bfloat16"),
+        (config.head_size > 128 or config.head_size % 8 != 0, "cuDNN needs head size 8k <= 128"),
+        (train and config.dropout > 0, "attention dropout"),
+        ("banded" in config.attention_pattern, "banded layers share one compiled block"),
+    ]
+    reasons = [reason for applies, reason in obstacles if applies]
+    if reasons:
+        return "xla", ", ".join(reasons)
+    return "cudnn", "flash attention"
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    start: jax.Array,
+    window: jax.Array | None = None,
+    dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(D)) v over the keys up to each query's own position ("Attention is all
+    you need", arXiv:1706.03762, section 3.2.1); softmax in float32.
+
+    Args:
+        q: [B, H, T, D]; the first query has position `start` [].
+        k, v: [B, H, S, D], from position 0; those after a query's position are masked, so it does
+            not matter what they hold.
+        window: int32 []: how many tokens back a query sees, itself included; None: all.
+        dropout: of the attention weights [B, H, T, S].
+
+    Returns:
+        [B, H, T, D].
+    """
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    scores *= 1 / math.sqrt(q.shape[-1])
+    distance = (start + jnp.arange(q.shape[2]))[:, None] - jnp.arange(k.shape[2])
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
+    return jnp.einsum("bhts,bhsd->bhtd", dropout(weights), v)
+
+
+def attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The same from position 0, all tokens back, without dropout, in one kernel that never holds
+    all scores (Dao et al., arXiv:2205.14135). bfloat16 [B, H, T, D]."""
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return y.transpose(0, 2, 1, 3)

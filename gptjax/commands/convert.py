@@ -1,0 +1,84 @@
+"""gptjax convert import|export: weights from and to PyTorch's world."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from gptjax import config_io, files
+from gptjax.commands import flags
+from gptjax.config import Config
+from gptjax.errors import UserError
+
+USAGE = """\
+usage: {prog} import SOURCE RUN [--help]
+       {prog} export RUN FOLDER [--help]
+
+import makes a run of GPT-2 in Hugging Face's format or of nanoGPT's ckpt.pt, to sample from,
+evaluate or train on like any other; export writes a run for transformers or nanoGPT."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportFlags(Config):
+    """Make a run of a Hugging Face GPT-2 folder, nanoGPT's ckpt.pt, or a model on the Hugging Face
+    Hub such as gpt2-xl."""
+
+    tokenizer: str | None = None
+    """gpt2, a run or data folder of gptjax, or a folder with tokenizer files of Hugging Face or
+    nanoGPT (meta.pkl). None: those beside the weights, else GPT-2's if the size is right."""
+    optimizer: bool = True
+    """Import the state of nanoGPT's optimizer too, so that training goes on."""
+    gelu: Literal["tanh", "erf"] = "erf"
+    """GELU form of a ckpt.pt: erf is nanoGPT's since 2023, tanh was its before. (A Hugging Face
+    folder says which it is.)"""
+
+    def problems(self) -> list[str]:
+        return ["--tokenizer is empty; name a folder"] if self.tokenizer == "" else []
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags(Config):
+    """Write a run's weights for PyTorch. hf: transformers.AutoModelForCausalLM.from_pretrained(
+    FOLDER) loads them; nanogpt: nanoGPT's sample.py --out_dir=FOLDER does."""
+
+    format: Literal["hf", "nanogpt"] = "hf"
+    """hf or nanogpt."""
+    checkpoint: str = "best"
+    """best (lowest validation loss), latest, or a step."""
+    keep_padding: bool = False
+    """Keep the embedding's padded rows. They have no logits here, but would have in PyTorch."""
+
+
+DEFAULTS = [ImportFlags(), ExportFlags()]
+
+
+def main(argv: list[str], prog: str) -> None:
+    """Raises UserError, RunError."""
+    what, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if what in ("--help", "-h"):
+        print(USAGE.format(prog=prog))
+    elif what == "import":
+        _import(rest, f"{prog} import")
+    elif what == "export":
+        _export(rest, f"{prog} export")
+    else:
+        raise UserError(f"import or export? {prog} import SOURCE RUN, or {prog} export RUN FOLDER")
+
+
+def _import(argv: list[str], prog: str) -> None:
+    named, given = flags.parse(ImportFlags(), argv, prog, "SOURCE RUN")
+    from gptjax.devices import setup  # JAX, when the command runs
+    from gptjax.interop import convert
+
+    setup.select_platform("cpu")
+    options = config_io.to_dict(given)
+    print(convert.import_model(named[0], files.path(named[1]), **options))
+
+
+def _export(argv: list[str], prog: str) -> None:
+    named, given = flags.parse(ExportFlags(), argv, prog, "RUN FOLDER")
+    from gptjax.devices import setup  # JAX, when the command runs
+    from gptjax.interop import convert
+
+    setup.select_platform("cpu")
+    folder, options = Path(named[1]).expanduser(), config_io.to_dict(given)
+    print(convert.export_model(files.path(named[0]), folder, **options))

@@ -1,0 +1,45 @@
+"""gptjax data SOURCE: tokenise a text into a folder that training reads."""
+
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from gptjax import program
+from gptjax.commands import flags
+from gptjax.config import Config, DataConfig, TokenizerKind
+from gptjax.data import prepare
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFlags(Config):
+    """Tokenise a text into a folder for `train --data.dir`. SOURCE is builtin, shakespeare, a .txt
+    or .jsonl file, a folder or a glob."""
+
+    tokenizer: TokenizerKind = DataConfig.tokenizer
+    """char, gpt2 or sentencepiece."""
+    sentencepiece_vocab_size: int = DataConfig.sentencepiece_vocab_size
+    """Vocabulary of the sentencepiece model, in pieces."""
+    val_fraction: float = DataConfig.val_fraction
+    """Share of the text's characters, at its end, held out for validation, in (0, 1)."""
+    out: str | None = None
+    """The folder to make. None: data/ and a name made from the source."""
+
+    def config(self, source: str) -> DataConfig:
+        """The same as a run's settings."""
+        return DataConfig(source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction)
+
+    def problems(self) -> list[str]:
+        return self.config("builtin").problems()
+
+
+DEFAULTS = [DataFlags()]
+
+
+def main(argv: list[str], prog: str) -> None:
+    """Raises UserError, RunError."""
+    named, given = flags.parse(DataFlags(), argv, prog, "SOURCE")
+    config = given.config(named[0])
+    out = Path(given.out).expanduser() if given.out else prepare.default_dir(config)
+    prepare.prepare(config, out, Console())
+    print(f"train on it: {program.command('train', '--data.dir', out)}")

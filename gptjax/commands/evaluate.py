@@ -1,0 +1,113 @@
+"""gptjax evaluate RUN: how well a run predicts a text, or finishes sentences."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Literal
+
+from gptjax import files
+from gptjax.commands import flags, terminal
+from gptjax.config import Config
+from gptjax.errors import UserError
+from gptjax.runtime_config import ComputeConfig, DeviceKind, RuntimeConfig, StrategyKind
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateFlags(Config):
+    """Evaluate a run on a text, on its own data, or on HellaSwag, over all devices. Losses are in
+    nats per token; bits per character and per byte compare models with different tokenizers."""
+
+    text: str | None = None
+    """A .txt or .jsonl file, a folder or a glob."""
+    split: Literal["train", "val"] | None = None
+    """A split of the data that the run was trained on."""
+    hellaswag: str | None = None
+    """A file in HellaSwag's jsonl format."""
+    stride: int | None = None
+    """Tokens from one window to the next. None: block_size, so that windows do not overlap; fewer
+    take longer and give tokens more context."""
+    checkpoint: str = "best"
+    """best (lowest validation loss), latest, or a step."""
+    batch_size: int | None = None
+    """Windows at a time, over all devices. None: 8, or more where there are more devices."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What to compute in; float32 is at the highest precision of matrix products."""
+    device: DeviceKind = "auto"
+    """Kind of device to run on."""
+    num_devices: int | None = None
+    """CPU devices to split this machine's cores into. None: one, which uses all of them."""
+    strategy: StrategyKind | None = None
+    """How the devices hold the model, as in training. None: as the run was trained."""
+
+    def problems(self) -> list[str]:
+        out = self._check_ints(1, "stride", "batch_size", "num_devices")
+        if sum(value is not None for value in (self.text, self.split, self.hellaswag)) > 1:
+            out.append("on what? --text, --split and --hellaswag exclude each other")
+        return out + [f"--{n} is empty" for n in ("text", "hellaswag") if getattr(self, n) == ""]
+
+
+DEFAULTS = [EvaluateFlags()]
+
+
+def main(argv: list[str], prog: str) -> None:
+    """Raises UserError, RunError."""
+    named, given = flags.parse(EvaluateFlags(), argv, prog, "RUN")
+    if not (given.text or given.split or given.hellaswag):
+        raise UserError("on what? give one of --text, --split and --hellaswag")
+    run_dir = files.path(named[0])
+    # JAX is imported when the command runs, not to print its help.
+    import jax
+
+    from gptjax import attention, run_metadata, train_step
+    from gptjax.data import tokenizers
+    from gptjax.devices import setup
+    from gptjax.devices.strategy import get_strategy
+    from gptjax.evals import hellaswag, perplexity
+
+    newest = run_metadata.newest_metadata(run_dir)
+    if newest is None:
+        raise UserError(f"no run in {run_dir}")
+    size = newest.config.model.num_parameters(embeddings=False)
+    setup.start(RuntimeConfig(device=given.device, num_devices=given.num_devices), size)
+    setup.use_compilation_cache(files.cache_dir() / "xla")
+    count = setup.device_count()
+    rows = given.batch_size or -(-8 // count) * count
+    if rows % count:
+        raise UserError(f"--batch-size {rows} does not divide over {count} devices")
+    strategy = get_strategy(given.strategy or newest.runtime.strategy)
+    loaded = run_metadata.load_checkpoint(run_dir, given.checkpoint, strategy.targets)
+    metadata = loaded.metadata
+    config = dataclasses.replace(metadata.config.model, dtype=given.precision)
+    if given.stride and given.stride > config.block_size:
+        raise UserError(f"--stride {given.stride} exceeds the block_size {config.block_size}")
+    tokenizer = tokenizers.from_json(metadata.tokenizer, str(run_dir))
+    kernel, _ = attention.choose(config, ComputeConfig(), train=False)
+    compute = ComputeConfig(attention=kernel)
+    eval_step = functools.partial(train_step.eval_step, config=config, compute=compute)
+    params = strategy.to_devices(loaded.params)
+    losses = functools.partial(strategy.map_eval_step(eval_step), params)
+
+    def progress(done: int, total: int) -> None:
+        if setup.is_main_host():
+            terminal.status(f"{done:,} of {total:,}" if done < total else "")
+
+    highest = "highest" if given.precision == "float32" else "default"
+    with jax.default_matmul_precision(highest):
+        if given.hellaswag:
+            questions = hellaswag.read_questions(Path(given.hellaswag).expanduser(), tokenizer)
+            report = hellaswag.evaluate_questions(
+                losses, questions, config, name=given.hellaswag, rows=rows, progress=progress
+            ).report()
+        else:
+            if given.text:
+                text = perplexity.read_text(given.text, tokenizer)
+            elif metadata.config.data.dir is None:
+                raise UserError("these weights have no data of their own; name a text with --text")
+            else:
+                folder, split = Path(metadata.config.data.dir), given.split or "val"
+                text = perplexity.read_split(folder, split, tokenizer, metadata.data_fingerprint)
+            report = perplexity.evaluate_text(
+                losses, text, config, rows=rows, stride=given.stride, progress=progress
+            ).report()
+    if setup.is_main_host():
+        print(f"{run_dir}, step {loaded.step}, in {given.precision}, on {report}")

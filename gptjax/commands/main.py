@@ -1,0 +1,166 @@
+"""The program `gptjax`: its commands, and how a process ends."""
+
+import contextlib
+import importlib
+import io
+import os
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from tyro import extras
+
+import gptjax
+from gptjax import config_io, first_edition
+from gptjax.commands import flags
+from gptjax.devices import peer_failure
+from gptjax.errors import UserError
+
+COMMANDS = {
+    "train": "train a model, or resume a run",
+    "generate": "continue a prompt with a trained model",
+    "data": "tokenise a text into a data set",
+    "convert": "import GPT-2 or nanoGPT weights; export a run",
+    "evaluate": "loss and perplexity on a text, or accuracy on HellaSwag",
+    "compare": "compare a run's numbers with PyTorch's",
+    "report": "draw loss curves",
+    "bench": "measure speed and memory beside PyTorch's",
+    "runs": "list the runs in a folder",
+}
+"""Each is a module here: `main(argv, prog)` runs it, `DEFAULTS` are the objects of its flags."""
+
+USAGE = """\
+usage: {prog} COMMAND ...
+
+GPT-2 and GPT-3 style models in JAX: train them, sample from them, compare them with PyTorch.
+
+{commands}
+
+{prog} COMMAND --help explains a command's flags. {prog} --version names the versions.
+{prog} --tyro-print-completion bash (or zsh, tcsh, fish) prints a completion script."""
+
+OUT_OF_MEMORY = (
+    "out of memory; lower batch_size or num_samples, raise gradient_accumulation_steps, or turn on"
+    " compute.remat"
+)
+
+
+def main() -> None:
+    """The console script `gptjax`, and `python -m gptjax`."""
+    called = Path(sys.argv[0]).name
+    sys.exit(run(dispatch, "python -m gptjax" if called == "__main__.py" else called))
+
+
+def moved(name: str) -> None:
+    """`python -m gptjax.NAME` of gptjax 0.1."""
+
+    def command(argv: list[str], prog: str) -> None:
+        first_edition.notice(f"python -m gptjax.{name} is called {prog} {name} now")
+        dispatch([name, *argv], prog)
+
+    sys.exit(run(command, "python -m gptjax"))
+
+
+def dispatch(argv: list[str], prog: str) -> None:
+    """Run the command that the first argument names.
+
+    Raises:
+        UserError: there is no such command, and what the command raises.
+    """
+    name, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if name in COMMANDS:
+        importlib.import_module(f"gptjax.commands.{name}").main(rest, f"{prog} {name}")
+    elif name in ("--help", "-h"):
+        commands = "\n".join(f"  {command:10}{does}" for command, does in COMMANDS.items())
+        print(USAGE.format(prog=prog, commands=commands))
+    elif name == "--version":
+        from importlib import metadata  # slow, and only needed here
+
+        jax, python = metadata.version("jax"), platform.python_version()
+        print(f"gptjax {gptjax.__version__} (JAX {jax}, Python {python})")
+    elif name.startswith("--tyro-"):
+        modules = {each: importlib.import_module(f"gptjax.commands.{each}") for each in COMMANDS}
+        parsers = {each: flags.combined(module.DEFAULTS) for each, module in modules.items()}
+        extras.subcommand_cli_from_dict(parsers, prog=prog, args=argv, config=flags.EXPLICIT)
+    else:
+        near = config_io.near_miss(name, COMMANDS)
+        raise UserError(f"no command {name!r}{near or '; expected ' + ', '.join(COMMANDS)}")
+
+
+def run(command: Callable[[list[str], str], None], prog: str) -> int:
+    """Call `command` with the command line; the process's exit code."""
+    # Streams that the caller closed (>&-): nobody reads them, and no file must take their place.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+    try:
+        command(sys.argv[1:], prog)
+        sys.stdout.flush()
+    except UserError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it has been heard
+        with contextlib.suppress(OSError):
+            print("stopped; nothing is left half done", file=sys.stderr)
+        return _end(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _end(141)
+    except MemoryError:
+        return _fail(OUT_OF_MEMORY, 1)
+    except OSError as error:
+        if error.strerror is None:  # not from the system: a bug, ours or a library's
+            _show_bug()
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror}", 1)
+    except RuntimeError as error:
+        if peer_failure.is_peer_failure(error):
+            return _fail(peer_failure.MESSAGE, 1)
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return _fail(OUT_OF_MEMORY, 1)
+        _show_bug()
+        raise
+    except Exception:
+        _show_bug()
+        raise
+    return 0
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM unwinds the stack as Ctrl-C does: unfinished files are removed on the way."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
+def _show_bug() -> None:
+    """Python prints the traceback, except where there are other hosts: there we end here."""
+    if peer_failure.PeerMonitor.active:
+        traceback.print_exc()
+        _end(1)
+
+
+def _fail(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
+    return _end(code)
+
+
+def _end(code: int) -> int:
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    peer_failure.exit_if_distributed(code)
+    return code

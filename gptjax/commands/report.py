@@ -1,0 +1,30 @@
+"""gptjax report RUN ...: draw loss curves."""
+
+import dataclasses
+from pathlib import Path
+
+from gptjax import files
+from gptjax.commands import flags
+from gptjax.config import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFlags(Config):
+    """Draw the training and validation loss of one or more runs over their steps."""
+
+    out: str | None = None
+    """The picture to write; its ending chooses the format. None: loss.png in the (first) run."""
+
+
+DEFAULTS = [ReportFlags()]
+
+
+def main(argv: list[str], prog: str) -> None:
+    """Raises UserError, RunError."""
+    named, given = flags.parse(ReportFlags(), argv, prog, "RUN ...")
+    run_dirs = [files.path(name) for name in named]
+    out = Path(given.out).expanduser() if given.out else run_dirs[0] / "loss.png"
+    from gptjax.viz import report  # JAX is not needed to print the help
+
+    report.draw(run_dirs, out)
+    print(f"drew {out}")

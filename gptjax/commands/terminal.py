@@ -1,0 +1,15 @@
+"""What the commands share: what counts as a run, a status line."""
+
+import sys
+from pathlib import Path
+
+
+def is_run(path: Path) -> bool:
+    """Whether training, or an import, has written to this folder."""
+    return any((path / name).exists() for name in ("config.json", "checkpoints"))
+
+
+def status(text: str) -> None:
+    """Say on a terminal's last line what is being done, and clear it with ""; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

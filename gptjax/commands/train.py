@@ -1,0 +1,131 @@
+"""gptjax train [CONFIG]: train a model, or resume a run."""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gptjax import config_io, files, first_edition, program
+from gptjax.commands import flags, terminal
+from gptjax.config import FINETUNE, Config, TrainConfig
+from gptjax.errors import UserError
+from gptjax.runtime_config import RuntimeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags(Config):
+    """Train a model, or resume a run.
+
+    CONFIG is a Python file, the name of a config that comes with gptjax, or the folder of a run.
+    Without it: the settings of the run that --run-dir names, else those of configs/quickstart.py.
+    The last part of a flag's name is enough: --n-layer 4 is --model.n-layer 4.
+    """
+
+    print_config: bool = False
+    """Print all settings as JSON, and end."""
+
+
+DEFAULTS = [TrainFlags(), TrainConfig(), RuntimeConfig()]
+
+
+def main(argv: list[str], prog: str) -> None:
+    """Raises UserError, RunError; after a stop signal SystemExit, with 128 + its number."""
+    config, runtime, tokenizer, print_config = read_settings(argv, prog)
+    if print_config:
+        print(config_io.run_settings_json(config, runtime))
+        return
+    # JAX is imported when the command runs, not to print its help.
+    from gptjax import launch
+    from gptjax.metrics import MetricsLog
+    from gptjax.progress import ProgressDisplay, Samples
+    from gptjax.signals import StopSignal
+
+    stop, display = StopSignal(), ProgressDisplay()
+    with contextlib.closing(stop), contextlib.closing(display):
+        callbacks = [stop, MetricsLog(), display, Samples(display)]
+        trainer = launch.train(
+            config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
+            console=Console(),
+        )  # fmt: skip
+    if trainer and trainer.stopped_by:
+        step = trainer.checkpoints.latest_step
+        kept = "before the first step" if step is None else f"saved step {step}"
+        resume = program.command("train", "--run-dir", trainer.checkpoints.run_dir)
+        with contextlib.suppress(OSError):  # whoever reads it, or not
+            print(f"stopped; {kept}. Resume: {resume}", flush=True)
+        sys.exit(128 + trainer.stopped_by)
+
+
+def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfig, Any, bool]:
+    """(the experiment, its circumstances, the tokenizer of the weights that the run resumes or
+    starts from, whether only to print the settings).
+
+    The settings are those of the config file, or of the existing run, or for fine-tuning
+    (--init-from), or the quickstart's; changed by the flags; with the architecture of the weights.
+
+    Raises:
+        UserError: something about them is wrong, or there is no text to train on.
+    """
+    asked = {"--help", "-h"} & {*argv}
+    rest = [argument for argument in argv if argument not in asked]
+    named, given, problems = flags.read(DEFAULTS, rest, prog, "[CONFIG]", first_edition.RENAMED)
+    if named and terminal.is_run(files.path(named[0])):
+        given["run_dir"] = named.pop(0)
+    folder, origin, runtime = given.get("run_dir"), given.get("init_from"), RuntimeConfig()
+    if named:
+        name, (config, runtime) = Path(named[0]).stem, config_io.load_config(named[0])
+    elif folder and (saved := saved_settings(files.path(folder))):
+        name, (config, runtime) = Path(folder).name, saved
+        data = {f"data.{name}": value for name, value in config_io.flatten(config.data).items()}
+        if any(given.get(name, value) != value for name, value in data.items()):
+            given.setdefault("data.dir", None)  # not the old text's
+    elif origin:
+        name, config = f"{Path(origin).name}-finetuned", FINETUNE
+    else:
+        name, (config, runtime) = "quickstart", config_io.load_config("quickstart")
+    if asked:
+        flags.show_help([TrainFlags(), config, runtime], prog, "[CONFIG]")
+    own, config, runtime = flags.apply([TrainFlags(), config, runtime], given, problems, prog)
+    if config.data.source is None and config.data.dir is None and not runtime.dry_run:
+        raise UserError(
+            "no text to train on; name one with --data.source (a .txt or .jsonl file, a folder, a"
+            " glob, shakespeare or builtin), or a prepared folder with --data.dir"
+        )
+    from gptjax import resume  # JAX, see `main`
+
+    run_dir = runtime.run_dir or f"runs/{name}"
+    config, tokenizer = resume.adopt_weights(config, run_dir)
+    return config, config_io.change(runtime, {"run_dir": run_dir}), tokenizer, own.print_config
+
+
+def saved_settings(run_dir: Path) -> tuple[TrainConfig, RuntimeConfig] | None:
+    """Those of a run that exists, from config.json or else from its newest checkpoint; without the
+    folder of its data if that is no longer there and can be made again from the text.
+
+    Raises:
+        UserError: config.json is damaged.
+    """
+    from gptjax import run_metadata  # JAX, see `main`
+    from gptjax.data import prepare
+
+    path = run_dir / "config.json"
+    if path.exists():
+        try:
+            config, runtime = config_io.run_settings(files.read_json(path), str(path))
+        except UserError as error:
+            raise UserError(
+                f"{error}; repair it, or delete {path} to go on with the settings of the run's"
+                " newest checkpoint"
+            ) from None
+    elif metadata := run_metadata.newest_metadata(run_dir):
+        config, runtime = metadata.config, metadata.runtime
+    else:
+        return None
+    folder = Path(config.data.dir or "")
+    prepared = folder.name.rpartition("-")[0] == prepare.default_name(config.data)
+    if prepared and not folder.exists():
+        config = config_io.change(config, {"data.dir": None})
+    return config, runtime

@@ -1,0 +1,185 @@
+"""Opening a prepared data set: a folder with train.bin and val.bin (token ids as raw little-endian
+uint16, or uint32 for a large vocabulary), meta.json and tokenizer.json; or nanoGPT's, where
+meta.pkl stands for the last two."""
+
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from gptjax import files
+from gptjax.data import tokenizers
+from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, Tokenizer
+from gptjax.errors import RunError, UserError, first_line
+
+SPLITS = ("train", "val")
+
+FINGERPRINT_BYTES = 64 << 20
+"""A fingerprint reads at most this much of a split, in evenly spaced blocks."""
+FINGERPRINT_BLOCK = 1 << 20
+
+
+class TokenFile:
+    """The tokens of a .bin file, read when they are asked for. Not a memory map: if somebody
+    truncates the file, that kills the process without a message."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype = path, dtype
+        self._file = path.open("rb")
+        self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Raises RunError if the file cannot be read, or is shorter than when it was opened."""
+        start, stop, _ = part.indices(self._length)
+        size = max(0, stop - start) * self.dtype.itemsize
+        offset, blocks = start * self.dtype.itemsize, list[bytes]()
+        try:
+            # A read may return less than it was asked for.
+            while size and (block := os.pread(self._file.fileno(), size, offset)):
+                blocks.append(block)
+                offset, size = offset + len(block), size - len(block)
+        except OSError as error:
+            raise RunError(f"cannot read {self.path}: {error.strerror}") from None
+        if size:
+            raise RunError(
+                f"{self.path} is shorter than when it was opened; restore it or prepare it again,"
+                " and resume"
+            )
+        return np.frombuffer(b"".join(blocks), self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A prepared set."""
+
+    train: TokenFile
+    val: TokenFile
+    tokenizer: Tokenizer
+    fingerprint: str
+    """Of the tokens, wherever they lie: SHA-256 of each split's length and (a sample of) bytes."""
+
+
+def load(folder: Path) -> Dataset:
+    """Open a prepared set, or nanoGPT's (without running what its meta.pkl may contain).
+
+    Raises:
+        UserError: files are missing, damaged, of another length than recorded, or hold token ids
+            that the tokenizer does not have.
+    """
+    if files.is_remote(folder):
+        raise UserError(f"{folder}: data sets are read from disk; copy the folder here first")
+    if not all((folder / f"{split}.bin").is_file() for split in SPLITS):
+        raise UserError(
+            f"{folder} is not a prepared data set: expected train.bin and val.bin in it"
+            " (python -m gptjax data SOURCE --out FOLDER makes one)"
+        )
+    meta = _read_meta(folder) if (folder / "meta.json").is_file() else {}
+    # nanoGPT's sets without a meta.pkl hold GPT-2's tokens.
+    tokenizer = read_tokenizer(folder) or Gpt2Tokenizer()
+    dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+    digest, splits = hashlib.sha256(), list[TokenFile]()
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size
+        if size % dtype.itemsize or size == 0:
+            raise UserError(f"{path} is damaged: {size} bytes are not whole {dtype.name} tokens")
+        tokens = TokenFile(path, dtype)
+        recorded = meta.get(f"{split}_tokens", len(tokens))
+        if len(tokens) != recorded:
+            raise UserError(
+                f"{path} holds {len(tokens):,} tokens, but meta.json says {recorded:,}: it is"
+                " damaged or was replaced; prepare it again"
+            )
+        if split == "val" and len(tokens) < 2:
+            raise UserError(f"{path} holds one token; there is nothing to predict in it")
+        largest = _digest_sample(tokens, digest)
+        if largest >= tokenizer.n_vocab:
+            raise UserError(
+                f"{path} holds token id {largest}, but its {tokenizer.kind} tokenizer has"
+                f" {tokenizer.n_vocab} ids"
+            )
+        splits.append(tokens)
+    train, val = splits
+    return Dataset(train, val, tokenizer, digest.hexdigest())
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "meta.json"
+    try:
+        meta = files.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; prepare the set again") from None
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} is damaged: no tokenizer.json; prepare it again")
+    if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
+        raise UserError(f"{path} is damaged: expected an object with dtype uint16 or uint32")
+    if not all(isinstance(meta.get(f"{split}_tokens"), int) for split in SPLITS):
+        raise UserError(f"{path} is damaged: expected whole numbers train_tokens and val_tokens")
+    return meta
+
+
+def _digest_sample(tokens: TokenFile, digest: Any) -> int:
+    """Feed a split's length and evenly spaced blocks (all of a small split) to `digest`; the
+    largest id among them."""
+    block = FINGERPRINT_BLOCK // tokens.dtype.itemsize
+    count = max(1, min(-(-len(tokens) // block), FINGERPRINT_BYTES // FINGERPRINT_BLOCK))
+    digest.update(len(tokens).to_bytes(8, "little"))
+    largest = 0
+    for start in np.linspace(0, max(0, len(tokens) - block), count).astype(np.int64):
+        part = tokens[start : start + block]
+        digest.update(part.tobytes())
+        largest = max(largest, int(part.max()))
+    return largest
+
+
+class PlainUnpickler(pickle._Unpickler):
+    """Reads dicts, lists, strings and numbers. Refuses to import anything, and so to run anything.
+
+    Python's own implementation, because the one in C allocates memory for any memo index that a
+    file names. Nested tuples would overflow the stack when hashed, and a bytearray allocates
+    whatever size it claims: both are refused.
+    """
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds more than dicts, lists, strings and numbers")
+
+    REFUSED = pickle.TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + pickle.BYTEARRAY8
+    dispatch: ClassVar[Any] = pickle._Unpickler.dispatch | dict.fromkeys(REFUSED, _refuse)
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder with our tokenizer.json or nanoGPT's meta.pkl (`itos`: id ->
+    character); None if it has neither.
+
+    Raises:
+        UserError: the file is damaged, or would run code.
+    """
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        state = files.read_json(path)
+        # Hugging Face's file of this name has the model as an object.
+        foreign = isinstance(state, dict) and isinstance(state.get("model"), dict)
+        return None if foreign else tokenizers.from_state(state, str(path))
+    path = folder / "meta.pkl"
+    if not path.is_file():
+        return None
+    try:
+        # From memory, where a string cannot claim to be longer than the file.
+        itos = PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+        if not all(isinstance(char, str) and len(char) == 1 for char in characters):
+            raise ValueError("its tokens are not single characters")
+        return CharTokenizer("".join(characters))
+    except Exception as error:  # a hostile pickle can raise anything
+        raise UserError(f"{path} is not nanoGPT's plain meta.pkl: {first_line(error)}") from None

@@ -1,0 +1,283 @@
+"""Text to token ids and back: `char`, `gpt2` and `sentencepiece` behind one protocol."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import sentencepiece
+import tiktoken
+from tiktoken_ext import openai_public
+
+from gptjax import files
+from gptjax.config import TokenizerKind
+from gptjax.errors import UserError, quoted
+
+END_OF_TEXT = "<|endoftext|>"
+
+GPT2_SHA256 = "50fa6e3913609e5a8339bb9d9b90931b8272ced6502789605af2b4e9576fea4d"
+"""Of GPT-2's pieces, concatenated in the order of their ids."""
+
+LONG_SPACE = 400_000
+"""Characters. tiktoken's regular expression overflows its stack on a million characters of white
+space in a row; runs at least this long are cut out before it sees them."""
+
+_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package knows about a tokenizer."""
+
+    kind: TokenizerKind
+    n_vocab: int
+    """Ids are 0 ... n_vocab - 1."""
+
+    @property
+    def eot(self) -> int | None:
+        """The end-of-text id, which separates documents; None if the tokenizer has none."""
+        ...
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        """int32 [n] ids. `decode(encode(text)) == text` for every text the tokenizer can represent.
+
+        Raises:
+            UserError: the text has a character it cannot represent, unless `skip_unknown`, which
+                leaves such characters out.
+        """
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; an incomplete UTF-8 sequence becomes U+FFFD."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything it consists of, as JSON values; `from_state` rebuilds it without a network."""
+        ...
+
+
+class CharTokenizer:
+    """One id per distinct character, in code point order."""
+
+    kind: TokenizerKind = "char"
+    eot = None
+
+    def __init__(self, characters: str):
+        """`characters`: each character once, its index is its id (ValueError otherwise)."""
+        if len(set(characters)) < len(characters):
+            raise ValueError("a character is listed twice")
+        self.characters = characters
+        self.n_vocab = len(characters)
+        self._code_points = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
+        self._ids = np.full(int(self._code_points.max(initial=0)) + 1, -1, dtype=np.int32)
+        self._ids[self._code_points] = np.arange(self.n_vocab)
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        # surrogatepass: a lone surrogate is an unknown character, not a crash.
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        known = points < len(self._ids)
+        ids = np.where(known, self._ids[np.where(known, points, 0)], -1)
+        if (ids >= 0).all():
+            return ids
+        if skip_unknown:
+            return ids[ids >= 0]
+        at = int(np.argmax(ids < 0))
+        char, around = text[at], text[max(0, at - 20) : at + 20]
+        raise UserError(
+            f"the character {char!r} (U+{ord(char):04X}, in {around!r}) is not one of the"
+            f" {self.n_vocab} characters that this tokenizer knows"
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "characters": self.characters}
+
+
+class Gpt2Tokenizer:
+    """GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2), by tiktoken."""
+
+    kind: TokenizerKind = "gpt2"
+    # Contractions; then words, numbers and other symbols, each with at most one leading space; then
+    # white space: the pre-tokenisation of GPT-2's released encoder.
+    PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+    def __init__(self, ranks: dict[bytes, int] | None = None):
+        """`ranks`: bytes of a piece -> its id. None: GPT-2's own, which tiktoken downloads once.
+
+        Raises:
+            UserError: GPT-2's could not be downloaded.
+        """
+        if ranks is None:
+            try:
+                ranks = openai_public.gpt2()["mergeable_ranks"]
+            except Exception as error:  # tiktoken passes on those of requests and the file system
+                raise UserError(
+                    "GPT-2's merges are not on this machine and could not be downloaded"
+                    f" ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has them,"
+                    " or choose the tokenizer sentencepiece"
+                ) from None
+        assert ranks is not None
+        self.ranks = ranks
+        self.eot = len(ranks)
+        self.n_vocab = len(ranks) + 1
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=self.PATTERN,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: self.eot},
+        )
+
+    @property
+    def is_gpt2s_own(self) -> bool:
+        """Whether the pieces are GPT-2's; False for another encoding of the same kind."""
+        pieces = b"".join(sorted(self.ranks, key=lambda piece: self.ranks[piece]))
+        return hashlib.sha256(pieces).hexdigest() == GPT2_SHA256
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        # encode_ordinary: "<|endoftext|>" inside a text is text, not the end-of-text token.
+        ids, at = list[int](), 0
+        if any(map(str.isspace, text[::LONG_SPACE])):  # else no run of white space is that long
+            for run in re.finditer(f"(?<!{_SPACE}){_SPACE}{{{LONG_SPACE},}}", text):
+                # What the pattern does: one piece, except the last space before a word.
+                end = run.end() if run.end() == len(text) else run.end() - 1
+                ids += self._encoding.encode_ordinary(text[at : run.start()])
+                ids += self._encoding._encode_single_piece(text[run.start() : end])
+                at = end
+        return np.array(ids + self._encoding.encode_ordinary(text[at:]), dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode(list(map(int, ids)))
+
+    def state(self) -> dict[str, Any]:
+        by_rank = sorted(self.ranks, key=self.ranks.__getitem__)
+        lines = [base64.b64encode(piece).decode() for piece in by_rank]
+        return {"kind": self.kind, "pieces": " ".join(lines)}
+
+
+class SentencePieceTokenizer:
+    """A byte-pair model trained on the corpus (Kudo & Richardson 2018). Lossless: text is not
+    normalised, and characters outside the vocabulary are encoded as bytes."""
+
+    kind: TokenizerKind = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        """`model`: a serialised SentencePiece model (RuntimeError if it is not one, ValueError if
+        its pieces are not UTF-8)."""
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.model = model
+        self.n_vocab = self._processor.get_piece_size()
+        self.eot = self._processor.eos_id()
+        self._processor.decode(list(range(self.n_vocab)))  # finds damage now, not later
+        # SentencePiece writes a space as U+2581, and NUL ends its strings. Where a text contains
+        # one of the two, it is encoded as bytes, which decode to the original.
+        self._bytes = {
+            char: [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in char.encode()]
+            for char in "\u2581\0"
+        }
+
+    @classmethod
+    def train(cls, pieces: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
+        """Train on `pieces` of text.
+
+        Raises:
+            UserError: the text is too short, or has too many characters, for `vocab_size` pieces.
+        """
+        # The trainer skips long lines, and takes no line ends: those get a piece of their own.
+        lines = (
+            line[at : at + 1000]
+            for piece in pieces
+            for line in piece.split("\n")
+            for at in range(0, len(line), 1000)
+        )
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for line in lines if line and "\0" not in line),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                byte_fallback=True,
+                character_coverage=0.9999,
+                user_defined_symbols=["\n"],
+                unk_surface="\ufffd",
+                minloglevel=2,
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = re.sub(r"^.*\) \[.*?\] ", "", str(error)).split(" Increase vocab_size")[0]
+            raise UserError(
+                f"cannot train a sentencepiece model of {vocab_size} pieces on this text:"
+                f" {reason.strip() or 'there is no text'} (change sentencepiece_vocab_size)"
+            ) from None
+        return cls(model.getvalue())
+
+    def piece(self, id_: int) -> str:
+        """The model's name of an id: a space is U+2581, byte 0A is <0x0A>."""
+        return self._processor.id_to_piece(id_)
+
+    def control_ids(self) -> list[int]:
+        """Ids that occur in no text."""
+        model = self._processor
+        return [i for i in range(self.n_vocab) if model.is_unknown(i) or model.is_control(i)]
+
+    def learned_pieces(self) -> list[str]:
+        """What merging can produce, in the order in which it was learned."""
+        model, others = self._processor, set(self.control_ids())
+        ids = [i for i in range(self.n_vocab) if i not in others and not model.is_byte(i)]
+        return [self.piece(i) for i in sorted(ids, key=model.get_score, reverse=True)]
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        ids: list[int] = []
+        # A lone surrogate (JSON can spell one) is no UTF-8, which SentencePiece needs.
+        text = text.encode("utf-8", "replace").decode()
+        for part in re.split("([\u2581\0])", text):
+            ids += self._bytes[part] if part in self._bytes else self._processor.encode(part)
+        return np.array(ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode(list(map(int, ids)))
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "model": base64.b64encode(self.model).decode()}
+
+
+def from_state(state: Any, where: str) -> Tokenizer:
+    """The tokenizer that `state()` described; `where` names the source in errors.
+
+    Raises:
+        UserError: `state` describes none.
+    """
+    try:
+        match state["kind"]:
+            case "char":
+                return CharTokenizer(state["characters"])
+            case "gpt2":
+                pieces = [base64.b64decode(piece) for piece in state["pieces"].split(" ")]
+                ranks = {piece: rank for rank, piece in enumerate(pieces)}
+                # tiktoken panics if a byte is missing.
+                if len(ranks) < len(pieces) or not all(bytes([b]) in ranks for b in range(256)):
+                    raise ValueError("its pieces are not distinct, or do not include all bytes")
+                return Gpt2Tokenizer(ranks)
+            case "sentencepiece":
+                return SentencePieceTokenizer(base64.b64decode(state["model"]))
+            case kind:
+                raise UserError(f"{where}: unknown tokenizer {quoted(kind)}")
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where} does not describe a tokenizer: {quoted(error)}") from None
+
+
+def to_json(tokenizer: Tokenizer) -> str:
+    """`state()` as JSON, for `from_json`."""
+    return json.dumps(tokenizer.state())
+
+
+def from_json(text: str, where: str) -> Tokenizer:
+    """The tokenizer that `to_json` wrote; raises as `from_state`."""
+    return from_state(files.parse_json(text, where), where)

@@ -1,0 +1,108 @@
+"""How much memory a training step needs on each device, from compiling it: no array is made."""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from gptjax import attention, train_step
+from gptjax.config import TrainConfig
+from gptjax.devices import setup
+from gptjax.devices.strategy import get_strategy
+from gptjax.errors import RunError, UserError
+from gptjax.model import compute_dtype
+from gptjax.runtime_config import RuntimeConfig
+
+GIB = 2**30
+
+
+class StepMemory(NamedTuple):
+    """Bytes on one device; on the fullest one, where they differ."""
+
+    state: int
+    """Parameters, optimizer state and the batch; as much again while a checkpoint is written, from
+    a copy, and the next steps are taken."""
+    step: int
+    """In addition, during a step: gradients, activations, gathered weights."""
+
+    @property
+    def peak(self) -> int:
+        return 2 * self.state + self.step
+
+
+def step_memory(
+    config: TrainConfig, runtime: RuntimeConfig, devices: Sequence[jax.Device] | None = None
+) -> StepMemory:
+    """Of one training step over all devices, or over the given ones, as XLA reports it."""
+    kernel, _ = attention.choose(config.model, runtime.compute, train=True)
+    compute = dataclasses.replace(runtime.compute, attention=kernel)
+    step = get_strategy(runtime.strategy, devices).map_train_step(
+        functools.partial(train_step.train_step, config=config, compute=compute),
+        runtime.gradient_accumulation_steps,
+    )
+    shapes = jax.eval_shape(lambda: train_step.init_state(config))
+    program = step.compile(shapes, config.batch_size, config.model.block_size + 1)
+    found = program.memory_analysis()
+    # The new state takes the place of the old one.
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    code = found.generated_code_size_in_bytes
+    return StepMemory(found.argument_size_in_bytes, found.temp_size_in_bytes + fresh + code)
+
+
+def available(gib: float | None) -> tuple[float, str]:
+    """(bytes that a device has for us, how that is known): `gib`, or what the device says; a CPU
+    device has its share of the memory that is free now."""
+    if gib is not None:
+        return gib * GIB, "--device-memory"
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit, jax.devices()[0].device_kind
+    free, name = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "memory"
+    if os.path.exists("/proc/meminfo"):  # on Linux, which also says what is free
+        with open("/proc/meminfo") as file:
+            known = dict(line.split(":") for line in file)
+        free, name = int(known["MemAvailable"].split()[0]) * 1024, "free memory"
+    count = jax.local_device_count()
+    return free / count, f"this machine's {name}{f' / {count}' if count > 1 else ''}"
+
+
+def dry_run(config: TrainConfig, runtime: RuntimeConfig) -> None:
+    """Compile the training step; print how much memory it needs and whether it fits.
+
+    Raises:
+        UserError: there are several hosts.
+        RunError: it does not fit.
+    """
+    if setup.host_count() > 1:
+        raise UserError(
+            "a dry run takes one host: on any machine, --device cpu --num-devices N stands for N"
+            " devices, and --device-memory for the memory of each"
+        )
+    began = time.perf_counter()
+    found = step_memory(config, runtime)
+    seconds = time.perf_counter() - began
+    have, source = available(runtime.device_memory)
+    model = config.model
+    print(
+        f"model      {model.num_parameters():,} parameters, batch {config.batch_size} x"
+        f" {model.block_size}\n"
+        f"devices    {setup.describe()}, {runtime.strategy}, computing in"
+        f" {compute_dtype(model).name}; compiled in {seconds:.1f} s\n"
+        f"each       {_gib(found.state)} for the state, {_gib(found.step)} more for a step,"
+        f" {_gib(found.state)} more while a checkpoint is written"
+    )
+    of = f"{_gib(found.peak)} of {_gib(have)} ({source})"
+    if found.peak > have:
+        raise RunError(
+            f"it does not fit: each device needs {of}; use --remat, more"
+            " --gradient-accumulation-steps, --strategy fsdp, or more devices"
+        )
+    print(f"it fits: each device needs {of}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"

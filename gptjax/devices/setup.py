@@ -1,0 +1,131 @@
+"""The set-up before JAX starts, and what is known of the devices afterwards."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import jax
+
+from gptjax.config import ModelConfig
+from gptjax.devices import cpu, hosts
+from gptjax.errors import UserError
+from gptjax.runtime_config import DeviceKind, RuntimeConfig
+
+COMPILATION_CACHE_BYTES = 2 << 30
+
+# Peak dense bfloat16 FLOP/s of one JAX device, by its `device_kind`; from the vendors' datasheets.
+PEAK_FLOPS = {
+    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12, "Tesla V100": 125e12,
+}  # fmt: skip
+
+
+def start(runtime: RuntimeConfig, num_parameters: int) -> None:
+    """Join the other hosts, if any; choose the platform; split a CPU into `num_devices` (None: one
+    device, unless JAX_NUM_CPU_DEVICES says otherwise); prepare for a model of `num_parameters`.
+    Call before anything else uses JAX.
+
+    Raises:
+        UserError: there is no device of this kind, what is known of the other hosts is wrong or
+            incomplete, or JAX has been used with another number of CPU devices.
+        RunError: the other hosts cannot be reached.
+    """
+    if runtime.device in ("auto", "cpu"):
+        cpu.keep_freed_memory(num_parameters)
+    if runtime.num_devices:
+        try:
+            jax.config.update("jax_num_cpu_devices", runtime.num_devices)
+        except RuntimeError:  # JAX has started, in a notebook say
+            if jax.local_device_count() != runtime.num_devices:
+                raise UserError(
+                    f"num_devices {runtime.num_devices} cannot be set any more: JAX already runs"
+                    f" with {jax.local_device_count()} devices in this process; restart it"
+                ) from None
+        cpu.divide_cores(runtime.num_devices)
+    if runtime.device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    # JAX sets jax_platforms itself where it finds TPUs.
+    hosts.join(runtime.distributed, tpu="tpu" in (getattr(jax.config, "jax_platforms", None) or ""))
+    select_platform(runtime.device)
+    if jax.default_backend() != "cpu":
+        cpu.restore_malloc_defaults()
+    hosts.barrier()
+
+
+def select_platform(kind: DeviceKind) -> None:
+    """Compute on this kind of device; "auto" takes the fastest kind there is.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if kind == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if kind not in ("auto", jax.default_backend()):
+        package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(kind, "jax")
+        raise UserError(
+            f"--device {kind}: JAX finds no {kind} here, only {jax.default_backend()};"
+            f" install {package}, or use --device {jax.default_backend()}"
+        )
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keep compiled programs on disk, small ones too, so that a second start compiles nothing. The
+    oldest go when there are more than COMPILATION_CACHE_BYTES. Where `folder` cannot be written,
+    do without."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not by JAX's own limit: for that it writes two files per program, and a kill between them
+        # disables its cache for good.
+        files = [(file.stat(), file) for file in folder.iterdir() if file.is_file()]
+        excess = sum(stat.st_size for stat, _ in files) - COMPILATION_CACHE_BYTES
+        for stat, file in sorted(files, key=lambda pair: pair[0].st_mtime):
+            if excess > 0:
+                file.unlink(missing_ok=True)
+                excess -= stat.st_size
+    except OSError:
+        return
+    # Nor is a full disk worth a warning.
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def resolve_dtype(config: ModelConfig) -> ModelConfig:
+    """With dtype "auto" replaced by what suits this device: float32 on a CPU, else bfloat16."""
+    if config.dtype != "auto":
+        return config
+    cpu_only = jax.default_backend() == "cpu"
+    return dataclasses.replace(config, dtype="float32" if cpu_only else "bfloat16")
+
+
+def device_count() -> int:
+    """Devices of all hosts together."""
+    return jax.device_count()
+
+
+def host_count() -> int:
+    """Processes that train together."""
+    return jax.process_count()
+
+
+def is_main_host() -> bool:
+    """Whether this is the one host that writes logs."""
+    return jax.process_index() == 0
+
+
+def describe() -> str:
+    """ "2 x cpu", "32 x TPU v4 on 4 hosts", ..."""
+    on_hosts = f" on {host_count()} hosts" if host_count() > 1 else ""
+    return f"{device_count()} x {jax.devices()[0].device_kind}{on_hosts}"
+
+
+def peak_flops() -> float | None:
+    """bfloat16 FLOP/s of all devices together; None where that is not known."""
+    kind = jax.devices()[0].device_kind
+    # The longest name that fits: "NVIDIA H100 80GB HBM3" is an H100, not an L4.
+    names = [n for n in PEAK_FLOPS if kind == n or kind.startswith((n + " ", n + "-"))]
+    return PEAK_FLOPS[max(names, key=len)] * device_count() if names else None

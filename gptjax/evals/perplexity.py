@@ -1,0 +1,167 @@
+"""How well a model predicts a text: loss in nats per token, and bits per character and per byte,
+which compare models with different tokenizers."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.data import corpus, token_files
+from gptjax.data.batches import Tokens, windows_over
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.devices import hosts
+from gptjax.errors import UserError
+from gptjax.evaluation import Losses, window_loss
+
+DECODED = 1 << 20
+"""Tokens that are decoded at a time, to count characters."""
+
+
+class Text(NamedTuple):
+    """A text to predict: every token but the first."""
+
+    name: str
+    tokens: Tokens
+    """int [n]."""
+    characters: int
+    """Of what is predicted."""
+    bytes: int
+    """The same in UTF-8."""
+    digest: str
+    """Of the tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextResult:
+    """What `evaluate_text` measured."""
+
+    description: str
+    tokens: int
+    """Number of predicted tokens."""
+    loss: float
+    """Mean, in nats per token."""
+    bits_per_character: float
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(700.0, self.loss))  # a larger one is no float
+
+    def report(self) -> str:
+        """For a reader: what was evaluated, and a line for each number."""
+        return (
+            f"{self.description}\n"
+            f"loss                {self.loss:.4f} nats per token\n"
+            f"perplexity          {self.perplexity:.4f}\n"
+            f"bits per character  {self.bits_per_character:.4f}\n"
+            f"bits per byte       {self.bits_per_byte:.4f}"
+        )
+
+
+def read_text(source: str, tokenizer: Tokenizer) -> Text:
+    """The documents of a file, folder or glob, concatenated. Between them stands the end-of-text
+    token if the tokenizer has one, else a line end.
+
+    Raises:
+        UserError: it cannot be read, or has characters that the tokenizer does not know.
+    """
+    parts: list[np.ndarray] = []
+    characters = size = 0
+    separator = "\n" if tokenizer.eot is None else None
+    for piece in corpus.read_pieces(corpus.find_files(source), separator):
+        if piece is None:
+            parts.append(np.array([tokenizer.eot], np.int32))
+        else:
+            parts.append(tokenizer.encode(piece))
+            characters, size = characters + len(piece), size + len(piece.encode())
+    tokens = np.concatenate(parts)
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    return _without_first(Text(source, tokens, characters, size, digest), tokenizer)
+
+
+def read_split(
+    folder: Path, split: Literal["train", "val"], tokenizer: Tokenizer, fingerprint: str | None
+) -> Text:
+    """A split of the data that a run was trained on, which have this `fingerprint`.
+
+    Raises:
+        UserError: the folder is missing, or holds other tokens now.
+    """
+    if not folder.exists():
+        raise UserError(f"the run's data are no longer at {folder}; name a text with --text")
+    dataset = token_files.load(folder)
+    if dataset.fingerprint != fingerprint:
+        raise UserError(f"the tokens in {folder} are not those of the run; name a text with --text")
+    tokens = dataset.train if split == "train" else dataset.val
+    text = Text(f"the {split} split", tokens, *text_size(tokens, tokenizer), dataset.fingerprint)
+    return _without_first(text, tokenizer)
+
+
+def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
+    """(characters, UTF-8 bytes) of the text that `tokens` spell, without end-of-text tokens."""
+    characters = size = start = 0
+    while start < len(tokens):
+        end = min(start + DECODED, len(tokens))
+        while True:
+            part = tokens[start:end]
+            text = tokenizer.decode(part[part != tokenizer.eot].tolist())
+            # A character's bytes may be spread over several tokens: do not cut between them.
+            if end == len(tokens) or not text.endswith("\ufffd") or end - start > DECODED + 8:
+                break
+            end += 1
+        characters, size, start = characters + len(text), size + len(text.encode()), end
+    return characters, size
+
+
+def _without_first(text: Text, tokenizer: Tokenizer) -> Text:
+    """The first token is not predicted; nor is its text, unless it ends within a character."""
+    first = tokenizer.decode(text.tokens[:1].tolist()) if text.tokens[:1] != tokenizer.eot else ""
+    if first.endswith("\ufffd"):
+        return text
+    characters, size = text.characters - len(first), text.bytes - len(first.encode())
+    return text._replace(characters=characters, bytes=size)
+
+
+def evaluate_text(
+    losses: Losses,
+    text: Text,
+    config: ModelConfig,
+    *,
+    rows: int,
+    stride: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> TextResult:
+    """Predict every token of `text` but the first. All hosts call this with the same arguments.
+
+    Args:
+        losses: the evaluation step over all devices, with its parameters.
+        rows: windows at a time, over all devices.
+        stride: tokens from one window to the next, see `windows_over`. None: config.block_size.
+        progress: told how many windows of how many are done.
+
+    Raises:
+        UserError: there is nothing to predict, or the hosts have different texts or settings.
+    """
+    stride = stride or config.block_size
+    if not hosts.all_equal(f"{text.digest} {len(text.tokens)} {rows} {stride}"):
+        raise UserError("the hosts have different texts or settings; start the same on all of them")
+    windows = windows_over(len(text.tokens), config.block_size, stride=stride)
+    if not windows or not text.characters:
+        raise UserError("the text is one token; there is nothing to predict in it")
+    total = window_loss(losses, text.tokens, windows, config, rows, progress)
+    assert total is not None, "only a stop signal ends it early"
+    nats, count = total
+    bits = nats / math.log(2)
+    return TextResult(
+        f"{text.name}: {count:,} tokens predicted in windows of {config.block_size},"
+        f" {stride} apart",
+        count,
+        nats / count,
+        bits / text.characters,
+        bits / text.bytes,
+    )

@@ -1,0 +1,42 @@
+"""The loss of a text, window by window, over all devices."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.data.batches import Tokens, Window, check_ids, window_batch
+from gptjax.devices.hosts import host_rows
+
+Losses = Callable[..., tuple[np.ndarray, int]]
+"""`train_step.eval_step` as a strategy maps it, with the parameters given: (this host's windows and
+weights, its stop signal or 0) -> (nats of every host's rows, the largest stop signal)."""
+
+
+def window_loss(
+    losses: Losses,
+    tokens: Tokens,
+    windows: Sequence[Window],
+    config: ModelConfig,
+    rows: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], int] = lambda: 0,
+) -> tuple[float, int] | None:
+    """(nats in all, tokens predicted); None where any host's `stop` is no longer 0.
+
+    Args:
+        windows: from `windows_over`.
+        rows: windows at a time, over all devices. The result does not depend on it, beyond
+            rounding.
+    """
+    own = host_rows(rows)
+    loss, count = 0.0, 0
+    for at in range(0, len(windows), rows):
+        batch, weights = window_batch(tokens, windows[at : at + rows], config.block_size, rows)
+        check_ids(batch, config.vocab_size)
+        sums, stopped = losses(batch[own], weights[own], stop())
+        if stopped:
+            return None
+        loss, count = loss + float(sums.sum(dtype=np.float64)), count + int(weights.sum())
+        progress(min(at + rows, len(windows)), len(windows))
+    return loss, count

@@ -1,0 +1,137 @@
+"""Files and folders: paths by one rule, writes that a kill cannot halve, one JSON reader.
+
+A run may live on a disk or in a bucket (gs://BUCKET/PATH). In a bucket there is no appending, no
+renaming, no lock and no empty folder; a file appears whole.
+"""
+
+import contextlib
+import fcntl
+import glob
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptjax.errors import UserError, first_line
+
+
+def path(name: str) -> Path:
+    """The path that a user means by `name`: ~ is the home directory; gs://BUCKET/... becomes an
+    `epath.Path`, which is used like a Path.
+
+    Raises:
+        UserError: another scheme, or gs:// without the package that it takes.
+    """
+    scheme = re.match(r"([a-zA-Z][\w+.-]+)://", name)
+    if scheme is None:
+        return Path(name).expanduser()
+    if scheme[1] != "gs":
+        raise UserError(f"{name}: {scheme[1]}:// is not supported; use a folder or gs://BUCKET/...")
+    if not importlib.util.find_spec("gcsfs"):
+        raise UserError(f"{name}: gs:// needs the package gcsfs; pip install gcsfs")
+    import fsspec  # optional: it comes with gcsfs
+    from etils import epath
+
+    # Ask for a listing each time: other processes write there too.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(name)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is in a bucket."""
+    return not isinstance(path, Path)
+
+
+def cache_dir() -> Path:
+    """Where downloads and compiled programs are kept: $GPTJAX_CACHE_DIR, else ~/.cache/gptjax."""
+    return Path(os.environ.get("GPTJAX_CACHE_DIR") or Path.home() / ".cache" / "gptjax")
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text`, all at once: a kill leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if is_remote(path):
+        path.write_text(text)
+        return
+    scratch = path.with_name(f".{path.name}.tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file.
+
+    Raises:
+        UserError: it cannot be read, is not JSON in UTF-8, or an object has a key twice.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not JSON: it is not UTF-8") from None
+
+
+def parse_json(text: str, where: str) -> Any:
+    """As `read_json`, of a text; `where` names its source in errors."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{where} names {twice!r} twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: `text` is no text
+        raise UserError(f"{where} is not valid JSON: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path`, which takes its name when the block ends without an error and
+    is removed otherwise. Folders that killed processes left behind are removed too.
+
+    Raises:
+        OSError: it cannot be made, or `path` is there and not empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as locks:
+        with _locked(path.parent):  # nobody looks for leftovers while another one begins
+            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+                with contextlib.suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
+                    shutil.rmtree(leftover)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            locks.callback(shutil.rmtree, scratch, ignore_errors=True)
+            locks.enter_context(_locked(scratch))
+        yield scratch
+        scratch.chmod(0o755)
+        os.rename(scratch, path)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
+    """Locked as long as this process lives; with LOCK_NB, OSError where another one holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        except OSError:  # without LOCK_NB: a network file system that has no locks
+            if flags:
+                raise
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,209 @@
+"""Models of other programs into ours and back: in memory, and as run directories.
+
+An imported run is an ordinary one: sample from it, evaluate it, train on.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Literal
+
+import safetensors
+
+from gptjax import files, program, run_metadata
+from gptjax.checkpoint import Checkpoints
+from gptjax.config_io import change, save_run_settings
+from gptjax.data import token_files, tokenizers
+from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer
+from gptjax.errors import RunError, UserError, first_line
+from gptjax.interop import hf_tokenizer, huggingface, nanogpt
+from gptjax.interop.weights import Gelu, Weights
+from gptjax.run_metadata import CheckpointMetadata
+
+Format = Literal["hf", "nanogpt"]
+
+GPT2_IDS = 50257
+MAX_PADDING = 1024
+"""Rows of an embedding that may be there for its shape alone (nanoGPT has 50304 for 50257 ids)."""
+
+
+def read_pretrained(
+    source: str, *, tokenizer: str | None = None, optimizer: bool = True, gelu: Gelu = "erf"
+) -> tuple[Weights, Tokenizer]:
+    """A model and its tokenizer.
+
+    Args:
+        source: a folder in Hugging Face's format, nanoGPT's ckpt.pt or its folder, or, if nothing
+            of that name is here, a model on the Hugging Face Hub such as gpt2-xl.
+        tokenizer: see `find_tokenizer`.
+        optimizer, gelu: of a ckpt.pt, see `nanogpt.read`.
+
+    Raises:
+        UserError: there is no such model or tokenizer, it is damaged, or we cannot compute exactly
+            what it does. RunError: a download fills the disk.
+    """
+    path = Path(source).expanduser()
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{source} is a run of gptjax already")
+    checkpoint = path if path.is_file() else path / "ckpt.pt"
+    if (path / "config.json").is_file():
+        weights = huggingface.read(path)
+    elif checkpoint.is_file():
+        weights, path = nanogpt.read(checkpoint, optimizer=optimizer, gelu=gelu), checkpoint.parent
+    # A mistyped path must not become somebody's repository.
+    elif not path.exists() and (path.parent == Path(".") or not path.parent.exists()) and (
+        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source.strip(".")
+    ):  # fmt: skip
+        path = huggingface.download(source)
+        weights = huggingface.read(path)
+    else:
+        raise UserError(
+            f"no model at {source!r}: expected a Hugging Face folder (config.json), nanoGPT's"
+            " ckpt.pt, or a name on the Hugging Face Hub such as gpt2-xl"
+        )
+    rows = weights.config.model.vocab_size
+    assert rows is not None
+    found = find_tokenizer(tokenizer, path, rows)
+    # Padding is usually up to a power of two.
+    likely = (1, *(2**n for n in range(3, 14)), rows)
+    multiple = next(m for m in likely if -(-found.n_vocab // m) * m == rows)
+    settings = {"model.vocab_size": found.n_vocab, "model.vocab_multiple": multiple}
+    config = change(weights.config, settings | {"data.tokenizer": found.kind})
+    return weights._replace(config=config), found
+
+
+def find_tokenizer(name: str | None, folder: Path, rows: int) -> Tokenizer:
+    """The tokenizer of a model whose embedding has `rows`: that of the folder `name`, or GPT-2's
+    for "gpt2"; None: the one beside the weights in `folder`, or GPT-2's if the size is right.
+
+    Raises:
+        UserError: there is none, or it has more ids than the embedding.
+    """
+    found = None
+    if name != "gpt2":
+        where = files.path(name) if name else folder
+        run = run_metadata.newest_metadata(where)
+        found = tokenizers.from_json(run.tokenizer, str(where)) if run else None
+        found = found or token_files.read_tokenizer(where) or hf_tokenizer.read(where)
+        if name and found is None:
+            raise UserError(
+                f"--tokenizer {name}: expected gpt2, a run or data folder of gptjax, or a folder"
+                " with tokenizer files of Hugging Face or nanoGPT (meta.pkl)"
+            )
+    if name == "gpt2" or (found is None and GPT2_IDS <= rows <= GPT2_IDS + MAX_PADDING):
+        found = Gpt2Tokenizer()
+    if found is None:
+        raise UserError(
+            f"no tokenizer lies beside the weights, and {rows} ids are not GPT-2's; name the folder"
+            " of one with --tokenizer (nanoGPT's data folder with meta.pkl, say)"
+        )
+    if not found.n_vocab or not 0 <= rows - found.n_vocab <= MAX_PADDING:
+        raise UserError(
+            f"the {found.kind} tokenizer has {found.n_vocab} ids, but the model knows {rows}; name"
+            " another with --tokenizer"
+        )
+    return found
+
+
+def write_pretrained(
+    weights: Weights, tokenizer: Tokenizer, folder: Path, format: Format = "hf", *,
+    keep_padding: bool = False,
+) -> None:  # fmt: skip
+    """Write a model for other programs; `folder` appears when it is complete.
+
+    Args:
+        format: "hf": `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it;
+            "nanogpt": nanoGPT's `sample.py --out_dir=FOLDER` does.
+        keep_padding: with the embedding's padded rows. They have no logits here, but would have in
+            PyTorch.
+
+    Raises:
+        UserError: the format cannot express the model, or `folder` exists. RunError: it cannot be
+            written.
+    """
+    config = weights.config.model
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; name another folder or delete it")
+    missing = (
+        huggingface.obstacles(config) if format == "hf" else nanogpt.obstacles(config, tokenizer)
+    )
+    if missing:
+        raise UserError(f"the format {format} cannot express {', '.join(missing)}")
+    try:
+        with files.new_folder(folder) as scratch:
+            if format == "hf":
+                huggingface.write(weights, tokenizer, scratch, keep_padding=keep_padding)
+            else:
+                nanogpt.write(weights, tokenizer, scratch, folder, keep_padding=keep_padding)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise RunError(f"cannot write {folder}: {first_line(error)}") from None
+
+
+def import_model(
+    source: str, run_dir: Path, *, tokenizer: str | None = None, optimizer: bool = True,
+    gelu: Gelu = "erf",
+) -> str:  # fmt: skip
+    """Make a run directory with one checkpoint from what `read_pretrained` reads; a text that says
+    what was imported and how to go on.
+
+    Raises:
+        UserError: `run_dir` holds a run, or as `read_pretrained`. RunError: it cannot be written.
+    """
+    if run_metadata.newest_metadata(run_dir):
+        raise UserError(f"{run_dir} holds a run already; name another folder")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"{run_dir} is a file; name a folder")
+    weights, found = read_pretrained(source, tokenizer=tokenizer, optimizer=optimizer, gelu=gelu)
+    write_run(weights, found, run_dir)
+    model = weights.config.model
+    spare = model.padded_vocab_size - found.n_vocab
+    padding = f", {spare} rows of the embedding taken for padding" if spare else ""
+    state = f", step {weights.step}, with its optimizer's state" if weights.opt_state else ""
+    return "\n".join([
+        *(f"note: {note}" for note in weights.notes),
+        f"imported {model.num_parameters():,} parameters ({model.n_layer} layers, {model.n_head}"
+        f" heads, {model.n_embd} wide, block {model.block_size}, GELU's {model.gelu} form,"
+        f" {found.kind} tokenizer{padding}{state}) from {source}",
+        f"sample: {program.command('generate', '--run-dir', run_dir)}",
+    ])  # fmt: skip
+
+
+def write_run(weights: Weights, tokenizer: Tokenizer, run_dir: Path) -> None:
+    """A run directory with one checkpoint. RunError: it cannot be written."""
+    runtime = dataclasses.replace(weights.runtime, run_dir=str(run_dir))
+    metadata = CheckpointMetadata(weights.config, runtime, tokenizers.to_json(tokenizer))
+    arrays = {"params": weights.params, "opt_state": weights.opt_state}
+    arrays = {name: tree for name, tree in arrays.items() if tree is not None}
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with Checkpoints(run_dir, runtime.keep_checkpoints) as checkpoints:
+            checkpoints.save(weights.step, arrays, metadata.to_dict())
+        save_run_settings(run_dir / "config.json", weights.config, runtime)
+    except OSError as error:
+        raise RunError(f"cannot write {run_dir}: {error.strerror}") from None
+
+
+def export_model(
+    run_dir: Path, folder: Path, format: Format = "hf", *, checkpoint: str = "best",
+    keep_padding: bool = False,
+) -> str:  # fmt: skip
+    """Write a run's checkpoint as `write_pretrained` does; a text that says what was written.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or as `write_pretrained`. RunError: likewise.
+    """
+    loaded = run_metadata.load_checkpoint(run_dir, checkpoint, optimizer=format == "nanogpt")
+    metadata = loaded.metadata
+    weights = Weights(
+        metadata.config, loaded.params, metadata.runtime, loaded.step, loaded.opt_state,
+        metadata.best_val_loss,
+    )  # fmt: skip
+    tokenizer = tokenizers.from_json(metadata.tokenizer, str(run_dir))
+    write_pretrained(weights, tokenizer, folder, format, keep_padding=keep_padding)
+    said = f"wrote {folder} ({format})"
+    if (folder / "meta.pkl").exists():
+        said += (
+            "\nits ckpt.pt names this folder, where nanoGPT finds meta.pkl: if you move it, copy"
+            " meta.pkl to the data folder that nanoGPT looks in"
+        )
+    return said

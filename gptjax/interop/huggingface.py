@@ -1,0 +1,178 @@
+"""GPT-2 in Hugging Face's format: config.json beside model.safetensors or pytorch_model.bin."""
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import safetensors.numpy
+
+from gptjax.config import FINETUNE, ModelConfig
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import RunError, UserError, quoted
+from gptjax.interop import hf_tokenizer, parameter_names
+from gptjax.interop.parameter_names import EMBEDDING
+from gptjax.interop.tensor_files import SAFETENSORS, hugging_face_tensors, read_object
+from gptjax.interop.weights import Weights, model_config
+
+SHARD_BYTES = 2 << 30
+"""Larger weights are written in several files, as Hugging Face does."""
+
+SIZES = {
+    "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+    "n_positions": "block_size", "vocab_size": "vocab_size",
+}  # fmt: skip
+"""Their settings -> ours."""
+
+
+def read(folder: Path) -> Weights:
+    """The GPT-2 in a folder.
+
+    Raises:
+        UserError: files are missing or damaged, tensors do not fit, or the model is not a GPT-2
+            that we compute exactly.
+    """
+    where = str(folder / "config.json")
+    settings = read_object(folder / "config.json")
+    fields, notes = _model_fields(settings, where)
+    model = model_config(fields, where)
+    # We export the biases that a model does not have as zeros, and note here which.
+    ours = settings.get("gptjax")
+    if isinstance(ours, dict):
+        fields |= {name: ours[name] for name in ("bias", "qkv_bias") if name in ours}
+    smaller = model_config(fields, where)
+    tensors = hugging_face_tensors(folder)
+    params = parameter_names.from_torch(tensors, model, "in_out", str(folder))
+    if smaller != model:
+        fewer = parameter_names.without_zeros(params, smaller)
+        model, params = (model, params) if fewer is None else (smaller, fewer)
+    return Weights(dataclasses.replace(FINETUNE, model=model), params, notes=tuple(notes))
+
+
+def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    """(`ModelConfig`'s fields, notes). Raises UserError unless the formula is that of
+    `transformers.GPT2LMHeadModel` where it is ours too."""
+    width = settings.get("n_embd")
+    allowed: dict[str, tuple[Any, ...]] = {  # the first is the default
+        "model_type": ("gpt2",),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * width if isinstance(width, int) else 0),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+    }
+    found = {name: settings.get(name, values[0]) for name, values in allowed.items()}
+    wrong = [
+        f"{name} {quoted(found[name])} (expected {' or '.join(map(quoted, values))})"
+        for name, values in allowed.items()
+        if found[name] not in values
+    ]
+    wrong += [f"{name} is missing" for name in SIZES if name not in settings]
+    if wrong:
+        raise UserError(f"{where} is not of a GPT-2 that gptjax can compute: {', '.join(wrong)}")
+    rates = [settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd", "attn")]
+    odd = [rate for rate in rates if not isinstance(rate, (int, float))]  # refused by their name
+    alike, notes = rates.count(rates[0]) == len(rates), list[str]()
+    if not odd and not alike:
+        notes = [f"dropout is set to 0 (resid, embd and attn have {rates}; we have one rate)"]
+    fields = {ours: settings[name] for name, ours in SIZES.items()} | {
+        "gelu": "erf" if found["activation_function"] == "gelu" else "tanh",
+        "tied_head": settings.get("tie_word_embeddings", True),
+        "dropout": odd[0] if odd else rates[0] if alike else 0.0,
+    }
+    return fields, notes
+
+
+def obstacles(config: ModelConfig) -> list[str]:
+    """What of this model the format cannot say; empty if it can be exported exactly."""
+    out = []
+    if config.n_layer == 0:
+        out.append("n_layer 0 (there the format has a final LayerNorm, we have none)")
+    if config.position == "sinusoidal":
+        out.append("sinusoidal positions")
+    if "banded" in config.attention_pattern:
+        out.append("banded attention")
+    return out
+
+
+def convert(
+    params: Any, config: ModelConfig, *, keep_padding: bool = False
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(config.json, state dict) for `transformers.GPT2LMHeadModel`. Biases that the model does
+    not have are zeros there, which is the same function."""
+    full = dataclasses.replace(config, bias=True, qkv_bias=None)
+    ours = parameter_names.to_torch(params, config, "in_out", padding=keep_padding)
+    tensors = {
+        name: ours[name] if name in ours else np.zeros(parameter.shape, np.float32)
+        for name, parameter in parameter_names.torch_parameters(full, "in_out").items()
+    }
+    settings = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{name: getattr(config, ours) for name, ours in SIZES.items()},
+        "vocab_size": len(tensors[EMBEDDING]),
+        "activation_function": {"tanh": "gelu_new", "erf": "gelu"}[config.gelu],
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": config.tied_head,
+        "dtype": "float32",
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "gptjax": {"bias": config.bias, "qkv_bias": config.qkv_bias},
+    }
+    return settings, tensors
+
+
+def write(
+    weights: Weights, tokenizer: Tokenizer, folder: Path, *,
+    keep_padding: bool = False, shard_bytes: int = SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write config.json, model.safetensors (in files of at most `shard_bytes`) and the tokenizer's
+    files.
+
+    Raises:
+        OSError, safetensors.SafetensorError: they cannot be written.
+    """
+    config = weights.config.model
+    settings, tensors = convert(weights.params, config, keep_padding=keep_padding)
+    # None: transformers would fill in GPT-2's ids.
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    hf_tokenizer.write(tokenizer, folder, config.block_size)
+    shards = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda array: array.nbytes, max_shard_size=shard_bytes,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+    for file, names in shards.filename_to_tensors.items():
+        part = {name: tensors[name] for name in names}
+        safetensors.numpy.save_file(part, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library lets nobody else read it
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def download(name: str) -> Path:
+    """The folder with a model of the Hugging Face Hub; it is fetched once.
+
+    Raises:
+        UserError: there is no network, or no such model. RunError: the disk is full.
+    """
+    print(f"there is no file or folder {name}: asking the Hugging Face Hub for it", flush=True)
+    small = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"]
+    for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"]):
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small + weights))
+        except Exception as error:  # of the HTTP library, the Hub's own, or the file system's
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise RunError(f"no room left on the disk for {name}") from None
+            raise UserError(
+                f"{name!r} is no file or folder here, and could not be fetched from the Hugging"
+                f" Face Hub ({type(error).__name__}); check the name and the network, or download"
+                " it elsewhere and name its folder"
+            ) from None
+        if any(folder.glob(weights[0])):
+            break
+    return folder

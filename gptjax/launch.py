@@ -1,0 +1,173 @@
+"""Everything between the settings of a run and its loop: devices, data, the run directory, and that
+all hosts agree on them."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from gptjax import attention, config_io, files, resume, run_metadata
+from gptjax.checkpoint import Checkpoints
+from gptjax.config import TrainConfig
+from gptjax.data import prepare, token_files
+from gptjax.data.token_files import Dataset
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.devices import hosts, memory, setup
+from gptjax.errors import RunError, UserError
+from gptjax.run_lock import RunLock
+from gptjax.runtime_config import DistributedConfig, RuntimeConfig
+from gptjax.trainer import Callback, Trainer
+
+
+def train(
+    config: TrainConfig,
+    runtime: RuntimeConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    callbacks: Sequence[Callback] = (),
+    stop: Callable[[], int] = lambda: 0,
+    console: Console | None = None,
+) -> Trainer | None:
+    """Train in `runtime.run_dir`, from the start or from where the run was left.
+
+    Args:
+        tokenizer: that of the weights which the run starts from or resumes; None: the text's.
+        stop: the signal on which this host shall stop and save, 0 while there is none.
+        console: for the progress of preparing the data; None: quiet.
+
+    Returns:
+        The trainer, done or `stopped_by` a signal; None after a dry run.
+
+    Raises:
+        UserError: something about the settings, the data or the run directory is not as it must be.
+        RunError: what was begun cannot be finished.
+    """
+    run_dir = files.path(runtime.run_dir or "")
+    # What can be refused before a long text is tokenised is refused here.
+    for folder in (run_dir, run_dir / "checkpoints"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
+    start_devices(config, runtime)
+    # The others find each other anew when the run is resumed.
+    runtime = dataclasses.replace(runtime, distributed=DistributedConfig())
+    runtime.divide_batch(config, setup.device_count())
+    saved = run_metadata.newest_metadata(run_dir)
+    config = resume.resolve(config, saved.config if saved else None)
+    kernel, why = attention.choose(config.model, runtime.compute, train=True)
+    if runtime.compute.attention == "cudnn" != kernel:
+        raise UserError(f"--attention cudnn does not fit here: {why}")
+    if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
+        model = dataclasses.replace(config.model, vocab_size=vocab_size)
+        memory.dry_run(dataclasses.replace(config, model=model), runtime)
+        return None
+    config, dataset = open_data(config, tokenizer, console or Console(quiet=True))
+    if runtime.dry_run:
+        memory.dry_run(config, runtime)
+        return None
+    try:
+        with contextlib.closing(_lock(run_dir, config, dataset)):
+            return _train_in(run_dir, config, runtime, dataset, callbacks, stop)
+    except OSError as error:
+        raise RunError(f"{error.filename or run_dir}: {error.strerror or error}") from error
+
+
+def start_devices(config: TrainConfig, runtime: RuntimeConfig) -> None:
+    """Before anything else uses JAX."""
+    setup.start(runtime, config.model.num_parameters(embeddings=False))
+    setup.use_compilation_cache(files.cache_dir() / "xla")
+
+
+def known_vocabulary(config: TrainConfig, tokenizer: Tokenizer | None) -> int | None:
+    """How many ids there will be; None where only the text can tell."""
+    if tokenizer:
+        return tokenizer.n_vocab
+    known = {"gpt2": 50257, "sentencepiece": config.data.sentencepiece_vocab_size}
+    return config.model.vocab_size or known.get(config.data.tokenizer)
+
+
+def open_data(
+    config: TrainConfig, tokenizer: Tokenizer | None, console: Console
+) -> tuple[TrainConfig, Dataset]:
+    """The prepared set, made first if it is missing; and `config` with `data.dir` and the model's
+    vocabulary filled in. `tokenizer`: as for `train`.
+
+    Raises:
+        UserError: there is no such text or set, or it does not fit the model.
+    """
+    folder = files.path(config.data.dir) if config.data.dir else prepare.default_dir(config.data)
+    if tokenizer and not config.data.dir and not prepare.is_made_with(folder, tokenizer):
+        folder = prepare.default_dir(config.data, tokenizer)
+    if not folder.exists():
+        if config.data.dir:
+            raise UserError(f"no folder {folder} (--data.dir); `gptjax data` makes one")
+        try:
+            prepare.prepare(config.data, folder, console, tokenizer)
+        except UserError:
+            if not folder.exists():  # else another process of this run was faster
+                raise
+    dataset = token_files.load(folder)
+    if tokenizer and tokenizer.state() != dataset.tokenizer.state():
+        raise UserError(
+            f"{folder} was made with another {dataset.tokenizer.kind} tokenizer than the"
+            f" {tokenizer.kind} one of the weights; leave out --data.dir and name the text"
+            " with --data.source"
+        )
+    n_vocab = dataset.tokenizer.n_vocab
+    if config.model.vocab_size not in (None, n_vocab):
+        raise UserError(
+            f"model.vocab_size {config.model.vocab_size} is not the {n_vocab} ids of the"
+            f" {dataset.tokenizer.kind} tokenizer of {folder}; leave it out"
+            " (--model.vocab-multiple 64 pads the embedding)"
+        )
+    if len(dataset.train) <= config.model.block_size:
+        raise UserError(
+            f"the training split of {folder} has {len(dataset.train)} tokens, but one block needs"
+            f" {config.model.block_size + 1}: use more text or --model.block-size"
+            f" {max(1, len(dataset.train) - 1)} or less"
+        )
+    model = dataclasses.replace(config.model, vocab_size=n_vocab)
+    data = dataclasses.replace(config.data, dir=str(folder.absolute()))
+    return dataclasses.replace(config, model=model, data=data), dataset
+
+
+def _lock(run_dir: Path, config: TrainConfig, dataset: Dataset) -> RunLock:
+    """The run directory, made and locked for this process; all hosts agree that it is one folder,
+    and on what is to be done there."""
+    data = dataclasses.replace(config.data, dir=None)
+    anywhere = dataclasses.replace(config, init_from=None, data=data)
+    if not hosts.all_equal(repr(config_io.flatten(anywhere)) + dataset.fingerprint):
+        raise UserError("the hosts have different settings or data; start the same command on all")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(run_dir)
+    holder = lock.acquire() if setup.is_main_host() else None
+    if any(hosts.all_gather(int(holder is not None))):
+        raise UserError(
+            f"{run_dir} is in use by {holder or 'a process of the main host'}; wait for it or stop"
+            " it, or name another --run-dir"
+        )
+    for _ in range(10):  # a network file system may take some seconds
+        if hosts.all_equal(lock.holder()):
+            return lock
+        time.sleep(1)
+    raise UserError(
+        f"{run_dir} is not one folder for all hosts; name one that they share, or gs://..."
+    )
+
+
+def _train_in(
+    run_dir: Path,
+    config: TrainConfig,
+    runtime: RuntimeConfig,
+    dataset: Dataset,
+    callbacks: Sequence[Callback],
+    stop: Callable[[], int],
+) -> Trainer:
+    with Checkpoints(run_dir, runtime.keep_checkpoints) as checkpoints:
+        trainer = Trainer(config, runtime, dataset, checkpoints, callbacks, stop)
+        if setup.is_main_host():
+            config_io.save_run_settings(run_dir / "config.json", config, runtime)
+        trainer.fit()
+    return trainer

@@ -1,0 +1,95 @@
+"""The pieces that the network is built from: linear layers, LayerNorm, GELU, dropout, positions.
+
+Letters in shape comments: B sequences, T tokens of each, N = B T, C n_embd.
+"""
+
+import math
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.config import ModelConfig
+from gptjax.hashed_random import dropout_mask
+from gptjax.runtime_config import ComputeConfig
+from gptjax.sharding import dot_with_gathered_weights
+
+INIT_STD = 0.02
+LAYER_NORM_EPSILON = 1e-5  # GPT-2's and torch's; linen's default is 1e-6
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The precision of activations. "auto" is resolved when a run begins; here it is float32."""
+    return jnp.dtype(jnp.bfloat16 if config.dtype == "bfloat16" else jnp.float32)
+
+
+def sinusoids(block_size: int, n_embd: int) -> np.ndarray:
+    """float32 [block_size, n_embd]: the fixed position embedding of "Attention is all you need"
+    (arXiv:1706.03762, section 3.5); sine in even columns, cosine in odd ones."""
+    position = np.arange(block_size)[:, None]
+    angle = position / 10000.0 ** (np.arange(0, n_embd, 2) / n_embd)
+    return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(block_size, n_embd).astype("f4")
+
+
+def gelu(x: jax.Array, form: Literal["tanh", "erf"]) -> jax.Array:
+    """x times the normal distribution function (Hendrycks & Gimpel, arXiv:1606.08415), or GPT-2's
+    approximation of it by tanh; computed in float32, as PyTorch does."""
+    if form == "tanh":
+        return jax.nn.gelu(x, approximate=True)
+    # By erf: jax.nn.gelu takes erfc, which on a CPU costs more than the layer's matmul.
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Zero each number with probability `rate`, scale the others up (Srivastava et al. 2014)."""
+
+    rate: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """x of any shape whose leading axis is, or begins with, the B sequences of `rows` (int32
+        [B], their numbers in the global batch)."""
+        if not self.train or not self.rate:
+            return x
+        kept = dropout_mask(self.make_rng("dropout"), rows, x.shape, self.rate)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+
+class Part(nn.Module):
+    """Base of the network's parts: their settings, and GPT-2's layers by these settings."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    train: bool
+
+    def dense(self, name: str, features: int, *, use_bias: bool, residual: bool = False):
+        """A linear layer; `residual`: its output is added to the residual stream."""
+        std = INIT_STD
+        if residual:
+            # GPT-2, section 2.3: so that the stream's variance does not grow with depth.
+            std /= math.sqrt(2 * self.config.n_layer)
+        return nn.Dense(
+            features,
+            use_bias=use_bias,
+            dtype=compute_dtype(self.config),
+            kernel_init=nn.initializers.normal(std),
+            dot_general=dot_with_gathered_weights,
+            name=name,
+        )
+
+    def layer_norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(
+            epsilon=LAYER_NORM_EPSILON,
+            use_bias=self.config.bias,
+            # Two passes: E[x^2] - E[x]^2 loses digits where the mean is large.
+            use_fast_variance=False,
+            dtype=compute_dtype(self.config),
+            name=name,
+        )
+
+    def dropout(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        return Dropout(self.config.dropout, self.train)(x, rows)

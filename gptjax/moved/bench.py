@@ -1,0 +1,6 @@
+"""python -m gptjax.bench of gptjax 0.1."""
+
+from gptjax.commands.main import moved
+
+if __name__ == "__main__":
+    moved("bench")

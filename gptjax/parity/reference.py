@@ -1,0 +1,170 @@
+"""Our weights in an independent PyTorch model, on the CPU: Hugging Face's GPT-2 (which needs
+transformers), or a plain one in nanoGPT's style."""
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from gptjax.config import ModelConfig, TrainConfig
+from gptjax.errors import UserError
+from gptjax.interop import huggingface, parameter_names
+from gptjax.interop.parameter_names import EMBEDDING, HEAD, PREFIX, Layout
+from gptjax.parity import torch_gpt
+
+Against = Literal["hf", "nanogpt-style"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class Reference:
+    """A PyTorch model with our weights, and how it is run and trained."""
+
+    def __init__(self, params: Any, config: ModelConfig, against: Against, precision: Precision):
+        """Raises UserError if Hugging Face's GPT-2 cannot express the model."""
+        self.against = against
+        self.layout: Layout = "in_out" if against == "hf" else "out_in"
+        self.autocast = functools.partial(
+            torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bfloat16"
+        )
+        self.block_size = config.block_size
+        if against == "hf":
+            self.model = _hugging_face(params, config)
+        else:
+            tensors = parameter_names.to_torch(params, config, self.layout, padding=False)
+            self.model = torch_gpt.from_state_dict(config, tensors)
+        # What we do not have (Hugging Face's GPT-2 always has biases) stays zero.
+        ours = parameter_names.torch_parameters(config, self.layout)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in ours)
+
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """int [B, T] -> [B, T, V]."""
+        with self.autocast():
+            output = self.model(tokens)
+        return output if isinstance(output, torch.Tensor) else output.logits
+
+    def backward(self, windows: np.ndarray) -> float:
+        """Mean nats per target of int windows [B, T + 1]; its gradients replace those before."""
+        tokens = torch.from_numpy(windows).long()
+        self.model.zero_grad()
+        loss = torch_gpt.cross_entropy(self.logits(tokens[:, :-1]), tokens[:, 1:])
+        loss.backward()
+        return loss.item()
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Those that are trained, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Of the last backward pass, by parameter."""
+        gradients = {name: parameter.grad for name, parameter in self.parameters().items()}
+        return {n: grad.numpy().copy() for n, grad in gradients.items() if grad is not None}
+
+    def optimizer(self, config: TrainConfig) -> Callable[[int], None]:
+        """A fresh AdamW: step -> update by the gradients of the last backward pass."""
+        settings = config.optimizer
+        adamw = torch_gpt.adamw(
+            self.model, learning_rate=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        trained = list(self.parameters().values())
+
+        def update(step: int) -> None:
+            for group in adamw.param_groups:
+                group["lr"] = learning_rate(config, step)
+            if settings.grad_clip:
+                clip(trained, settings.grad_clip)
+            adamw.step()
+
+        return update
+
+    def values(self) -> dict[str, np.ndarray]:
+        """Copies of the trained parameters, by name."""
+        return {name: p.detach().numpy().copy() for name, p in self.parameters().items()}
+
+    @torch.no_grad()
+    def restore(self, values: dict[str, np.ndarray]) -> None:
+        """Put back what `values` returned."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(torch.from_numpy(values[name]))
+
+    @torch.no_grad()
+    def activations(self, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+        """The outputs of the embedding and of every part of every block, by name; and the
+        logits."""
+        found: dict[str, np.ndarray] = {}
+
+        def hook(name: str, _module: Any, _inputs: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            found[name] = output.float().numpy()
+
+        parts = re.compile(re.escape(PREFIX) + r"(drop|ln_f|h\.\d+(\.(ln_1|attn|ln_2|mlp))?)")
+        hooks = [
+            module.register_forward_hook(functools.partial(hook, match[1]))
+            for name, module in self.model.named_modules()
+            if (match := parts.fullmatch(name))
+        ]
+        found["logits"] = self.logits(tokens).float().numpy()
+        for handle in hooks:
+            handle.remove()
+        return found
+
+    @torch.no_grad()
+    def greedy(self, prompt: np.ndarray, count: int) -> np.ndarray:
+        """int [count]: the likeliest token each time. By Hugging Face's own `generate` with its
+        cache while all fits the block, else by an uncached loop over the text's end."""
+        text = torch.from_numpy(prompt).long()[None]
+        with self.autocast():
+            if self.against == "hf" and len(prompt) + count <= self.block_size:
+                text = self.model.generate(
+                    text, attention_mask=torch.ones_like(text), max_new_tokens=count,
+                    min_new_tokens=count, do_sample=False, pad_token_id=0,
+                )  # fmt: skip
+            else:
+                for _ in range(count):
+                    last = self.logits(text[:, -self.block_size :])[:, -1]
+                    text = torch.cat([text, last.argmax(-1, keepdim=True)], dim=1)
+        return text[0, len(prompt) :].numpy()
+
+
+def _hugging_face(params: Any, config: ModelConfig) -> Any:
+    try:
+        import transformers  # optional: only this comparison needs it
+    except ImportError:
+        raise UserError(
+            "--against hf needs transformers: pip install -r requirements-torch.txt"
+        ) from None
+    if missing := huggingface.obstacles(config):
+        raise UserError(
+            f"Hugging Face's GPT-2 cannot express {', '.join(missing)}; use --against nanogpt-style"
+        )
+    settings, tensors = huggingface.convert(params, config)
+    if config.tied_head:
+        tensors[HEAD] = tensors[EMBEDDING]
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(settings | ends))
+    model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
+    return model.eval()
+
+
+def clip(parameters: list[torch.nn.Parameter], limit: float) -> None:
+    """As torch.nn.utils.clip_grad_norm_, whose float32 norm of GPT-2's embedding gradient is off by
+    1e-3 on a CPU: here it is summed in float64."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in gradients))
+    for grad in gradients:
+        grad.mul_(min(1.0, limit / (norm + 1e-6)))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """nanoGPT's schedule, in plain arithmetic."""
+    peak, least = config.optimizer.learning_rate, config.optimizer.min_lr
+    warmup = config.optimizer.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, config.lr_decay_steps - warmup))
+    return least + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - least)

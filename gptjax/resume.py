@@ -1,0 +1,265 @@
+"""How a run begins: with random weights, with those of another run, or where it was left; and what
+may differ from the run that is resumed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import config_io, files, optim, program, run_metadata, train_step
+from gptjax.checkpoint import Checkpoints, Corrupted
+from gptjax.config import ModelConfig, TrainConfig
+from gptjax.data import tokenizers
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.devices import hosts, setup
+from gptjax.devices.base import Strategy
+from gptjax.errors import RunError, UserError
+from gptjax.model import Params
+from gptjax.run_metadata import CheckpointMetadata
+from gptjax.runtime_config import RuntimeConfig
+from gptjax.train_step import TrainState
+
+NOT_IN_WEIGHTS = {"block_size", "dropout", "dtype"}
+"""What weights do not fix: how long a context they are used with, and how they are computed."""
+
+
+def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
+    """`wanted` with the architecture of `weights` in place of what was not given explicitly.
+
+    Raises:
+        UserError: a given setting differs from theirs, or exceeds their block_size.
+    """
+    fields, problems = dataclasses.asdict(wanted), []
+    for name, theirs in dataclasses.asdict(weights).items():
+        given, value = name in wanted.given, fields[name]
+        if name == "block_size" and given:
+            if value > theirs:
+                problems.append(f"model.block_size {value} exceeds the weights' {theirs}")
+        elif name == "block_size" or name not in NOT_IN_WEIGHTS:
+            if given and value != theirs and value is not None:
+                problems.append(f"model.{name} {value} is not the weights' {theirs}; leave it out")
+            fields[name] = theirs
+    if problems:
+        raise UserError("; ".join(problems))
+    return ModelConfig(**fields)
+
+
+def adopt_weights(config: TrainConfig, run_dir: str) -> tuple[TrainConfig, Tokenizer | None]:
+    """`config` with the architecture and the kind of tokenizer of the weights that it begins with:
+    those of the run in `run_dir`, if it exists, or of `init_from`; and their tokenizer.
+
+    Raises:
+        UserError: a given setting differs from theirs; there is no run in `init_from`, or not the
+            one that the run in `run_dir` began with.
+    """
+    origin = config.init_from
+    metadata = run_metadata.newest_metadata(files.path(run_dir))
+    if metadata and _folder_name(metadata.config.init_from) != _folder_name(origin):
+        raise UserError(
+            f"{run_dir} began with the weights of {metadata.config.init_from or 'no other run'},"
+            f" not of {origin or 'none'} (--init-from); leave it out, or name another --run-dir"
+        )
+    if metadata:
+        origin = metadata.config.init_from
+    elif origin:
+        metadata = run_metadata.newest_metadata(files.path(origin))
+        if not metadata:
+            how = program.command("convert", "import", "gpt2", origin)
+            raise UserError(f"no run in {origin} (--init-from); GPT-2's weights make one: {how}")
+        if not files.is_remote(files.path(origin)):
+            origin = str(files.path(origin).absolute())
+    if not metadata:
+        return config, None
+    tokenizer = tokenizers.from_json(metadata.tokenizer, origin or run_dir)
+    changes: dict[str, Any] = {}
+    if origin:
+        changes |= {"init_from": origin, "model": adopt(config.model, metadata.config.model)}
+    if origin or metadata.data_fingerprint is None:
+        changes["data"] = dataclasses.replace(config.data, tokenizer=tokenizer.kind)
+    return dataclasses.replace(config, **changes), tokenizer
+
+
+def _folder_name(run_dir: str | None) -> str | None:
+    """All that stays where a run and its origin are moved together."""
+    return Path(run_dir).name if run_dir else None
+
+
+def resolve(config: TrainConfig, saved: TrainConfig | None = None) -> TrainConfig:
+    """`config` with everything decided that is left open: by the run that is resumed, whose
+    precision and schedule stay what they were, or else by this device and `max_steps`.
+
+    So a run that is made longer goes on at min_lr: as in nanoGPT, and no step that was taken has
+    had another learning rate than it would have had in the longer run.
+    """
+    model, optimizer = config.model, config.optimizer
+    if saved and model.dtype == "auto":
+        model = dataclasses.replace(model, dtype=saved.model.dtype)
+    if optimizer.lr_decay_steps is None:
+        steps = (saved or config).lr_decay_steps
+        optimizer = dataclasses.replace(optimizer, lr_decay_steps=steps)
+    return dataclasses.replace(config, model=setup.resolve_dtype(model), optimizer=optimizer)
+
+
+def conflicts(saved: CheckpointMetadata, config: TrainConfig, fingerprint: str) -> list[str]:
+    """What differs and would make the resumed run another experiment, a line a setting. Where data
+    lie and where its first weights came from is no part of it: the tokens are compared by their
+    `fingerprint`. Of imported weights only the architecture is fixed."""
+    old = config_io.flatten(resolve(saved.config))
+    new = config_io.flatten(config)
+    imported = saved.data_fingerprint is None
+    if imported:
+        free = {f"model.{name}" for name in NOT_IN_WEIGHTS - {"block_size"}}
+        old = {n: v for n, v in old.items() if n.startswith("model.") and n not in free}
+    compared = [n for n in old if n not in ("max_steps", "init_from") and not n.startswith("data.")]
+    out = [
+        f"{name}: {old[name]!r} in the run, {new[name]!r} now"
+        for name in compared
+        if old[name] != new[name]
+    ]
+    if not imported and saved.data_fingerprint != fingerprint:
+        out.append(
+            f"the tokens: fingerprint {str(saved.data_fingerprint)[:12]} in the run,"
+            f" {fingerprint[:12]} in {config.data.dir} now"
+        )
+    return out
+
+
+@dataclasses.dataclass
+class Start:
+    """Where training starts."""
+
+    state: TrainState
+    """In the strategy's layout for saving."""
+    step: int
+    origin: str
+    """In words."""
+    best_val_loss: float | None = None
+    """Of the run so far, as far as it was measured as it will be now."""
+    unfinished: dict[str, Any] | None = None
+    """The row of `step` for metrics.jsonl, where its evaluation is still to be made."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What the user should know, a line each."""
+
+
+def init_or_resume(
+    config: TrainConfig,
+    runtime: RuntimeConfig,
+    fingerprint: str,
+    checkpoints: Checkpoints,
+    strategy: Strategy,
+) -> Start:
+    """The start of the run that `checkpoints` belong to. All hosts call it, and start at the same
+    step; corrupted checkpoints are set aside. `fingerprint`: of the data there are now.
+
+    Raises:
+        UserError: it would become another experiment, or no checkpoint of the run is whole.
+        RunError: the hosts do not see the same.
+    """
+    notes: list[str] = []
+    steps, whole = hosts.broadcast_from_main(checkpoints.steps), []
+    for step in steps:
+        corrupted = None
+        try:
+            run_metadata.read(checkpoints, step)
+            whole.append(step)
+        except Corrupted as error:
+            corrupted = error
+        failed = hosts.all_gather(int(corrupted is not None))
+        if any(failed) and not all(failed):
+            number = failed.index(1)
+            raise RunError(f"host {number} cannot read step {step} of this run, others can")
+        if corrupted and setup.is_main_host():
+            notes.append(f"warning: {corrupted}; moved to {checkpoints.set_aside(step)}")
+    for step in reversed(whole):
+        try:
+            found = _resume(step, config, runtime, fingerprint, checkpoints, strategy)
+            found.notes[:0] = notes
+            return found
+        except Corrupted as error:
+            note = f"{error}; moved to {checkpoints.set_aside(step)}"
+            if setup.host_count() > 1:
+                # The others may have read their shares well, and wait for this host's.
+                raise RunError(f"{note}; start the same command again on all hosts") from error
+            notes.append(f"warning: {note}")
+    if steps or checkpoints.set_aside_before():
+        reasons = "".join(f" ({note.removeprefix('warning: ')})" for note in notes[:1])
+        raise UserError(
+            f"no checkpoint of {checkpoints.run_dir} is whole, see"
+            f" {checkpoints.run_dir}/damaged-*{reasons}; to begin anew, name another --run-dir"
+        )
+    if config.init_from:
+        state = _from_weights(files.path(config.init_from), config, strategy)
+        return Start(state, 0, f"from {config.init_from}")
+    return Start(strategy.initialise(lambda: train_step.init_state(config)), 0, "new")
+
+
+def _resume(
+    step: int,
+    config: TrainConfig,
+    runtime: RuntimeConfig,
+    fingerprint: str,
+    checkpoints: Checkpoints,
+    strategy: Strategy,
+) -> Start:
+    """Raises Corrupted; UserError where the settings would make it another experiment."""
+    saved = run_metadata.read(checkpoints, step)
+    if found := conflicts(saved, config, fingerprint):
+        raise UserError(
+            f"{checkpoints.run_dir} holds a run with other settings; {'; '.join(found)}; resume it"
+            " without changes, or name another --run-dir"
+        )
+    targets = strategy.targets(jax.eval_shape(lambda: train_step.init_state(config)))
+    wanted: dict[str, Any] = {"params": targets.params}
+    if "opt_state" in checkpoints.array_names(step):
+        wanted["opt_state"] = targets.opt_state
+    loaded = checkpoints.restore(step, **wanted)
+    state = _state(step, loaded["params"], loaded.get("opt_state"), config, strategy)
+    imported = saved.data_fingerprint is None
+    origin = f"imported, at step {step}" if imported else f"resumed at step {step}"
+    if config.init_from:
+        origin += f", first from {config.init_from}"
+    windows, best = runtime.eval_windows(config), saved.best_val_loss
+    notes = _notes(saved, config)
+    if best is not None and windows != saved.eval_windows:
+        best = None
+        notes.append(
+            f"note: evaluations are over {windows or 'all'} validation windows now, over"
+            f" {saved.eval_windows or 'all'} before; their losses do not compare, so the best is"
+            " chosen anew"
+        )
+    return Start(state, step, origin, best, saved.unfinished, notes)
+
+
+def _notes(saved: CheckpointMetadata, config: TrainConfig) -> list[str]:
+    out = []
+    here = setup.resolve_dtype(dataclasses.replace(config.model, dtype="auto")).dtype
+    if saved.config.model.dtype == "auto":
+        pass  # gptjax 0.1 left it open
+    elif config.model.dtype != here:
+        out.append(f"note: the run computes in {config.model.dtype}, as it began; here a new one"
+                   f" would in {here}")  # fmt: skip
+    decay = config.lr_decay_steps
+    if config.optimizer.warmup_steps <= decay < config.max_steps > saved.config.max_steps:
+        out.append(f"note: the learning rate's decay ended at step {decay}; the steps after it run"
+                   f" at min_lr {config.optimizer.min_lr:g}")  # fmt: skip
+    return out
+
+
+def _from_weights(run_dir: Path, config: TrainConfig, strategy: Strategy) -> TrainState:
+    """Step 0 with the best weights of another run, their position table cropped."""
+    params = run_metadata.load_checkpoint(run_dir, "best", strategy.targets).params
+    if "wpe" in params:
+        size = config.model.block_size
+        params = params | {"wpe": strategy.initialise(lambda table: table[:size], params["wpe"])}
+    return _state(0, params, None, config, strategy)
+
+
+def _state(
+    step: int, params: Params, opt_state: Any, config: TrainConfig, strategy: Strategy
+) -> TrainState:
+    """`opt_state` None: one that has seen nothing."""
+    if opt_state is None:
+        opt_state = strategy.initialise(optim.optimizer(config).init, params)
+    return TrainState(strategy.initialise(lambda: jnp.int32(step)), params, opt_state)

@@ -1,0 +1,287 @@
+"""A trained run, to use: what a notebook and every command that reads one start from."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import files, launch, model, resume, run_metadata, sampling, train_step
+from gptjax.checkpoint import on_one_device
+from gptjax.config import ModelConfig, TrainConfig
+from gptjax.data import tokenizers
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.decode_layout import unstack
+from gptjax.devices import setup
+from gptjax.errors import RunError, UserError
+from gptjax.model import Params
+from gptjax.runtime_config import RuntimeConfig
+from gptjax.sampling import GrowingText, Overflow
+from gptjax.trainer import Callback
+
+Text = str | Sequence[int] | np.ndarray
+"""A text, or token ids [T] or [B, T]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model with its tokenizer. Its weights are read-only; training goes on by `gptjax.train`."""
+
+    config: ModelConfig
+    params: Params
+    """A nested dict of float32 arrays on one device."""
+    tokenizer: Tokenizer
+    step: int = 0
+    """Optimizer steps that the weights have seen."""
+    experiment: TrainConfig = TrainConfig()  # noqa: RUF009
+    """All settings they were trained with."""
+    data_fingerprint: str | None = None
+    """Of the tokens they were trained on; None where these are not known."""
+
+    def generate(
+        self,
+        prompt: str = "\n",
+        *,
+        max_new_tokens: int = 500,
+        temperature: float = 0.8,
+        top_k: int = 200,
+        top_p: float = 1.0,
+        num_samples: int | None = None,
+        seed: int = 1337,
+        stop: Sequence[str] = (),
+        ignore_end_of_text: bool = False,
+        skip_unknown: bool = False,
+        overflow: Overflow = "exact",
+        stream: bool = False,
+    ) -> Any:
+        """Continue a prompt. The same seed and settings give the same text.
+
+        Args:
+            temperature: below 1 safer, above 1 wilder; 0 always takes the likeliest token.
+            top_k: draw from the k likeliest tokens only; 0 from all.
+            top_p: draw from the fewest likeliest tokens that have this probability together.
+            num_samples: so many continuations, drawn side by side, as a list; None: one, as text.
+            stop: a sample ends before any of these texts.
+            ignore_end_of_text: go on after the token that ends a document.
+            skip_unknown: leave out characters that the tokenizer does not know.
+            overflow: past block_size: "exact", as an uncached model that sees the last block_size
+                tokens; "half" drops the older half and goes on, faster; "stop" ends there.
+            stream: an iterator of pieces of text as they come (of the one continuation).
+
+        Returns:
+            The new text, without the prompt: str, list[str] with `num_samples`, or an iterator of
+            str with `stream`.
+
+        Raises:
+            UserError: the prompt is empty, or has a character that the tokenizer does not know.
+        """
+        ids = self.tokenizer.encode(prompt, skip_unknown=skip_unknown)
+        if not len(ids):
+            raise UserError("the prompt is empty; give at least one character that the model knows")
+        eot = None if ignore_end_of_text else self.tokenizer.eot
+        texts = [GrowingText(self.tokenizer, stop, eot) for _ in range(num_samples or 1)]
+        if stream and num_samples not in (None, 1):
+            raise UserError("only one sample can be streamed; leave out num_samples")
+        tokens = sampling.generate(
+            self._decoding_params,
+            ids,
+            max_new_tokens,
+            self.config,
+            sampling.Sampling(temperature, top_k, top_p),
+            num_samples=len(texts),
+            seed=seed,
+            overflow=overflow,
+            chunk=1 if stream else sampling.CHUNK,
+        )
+        if stream:
+            return _stream(texts[0], tokens)
+        for new in tokens:
+            for text, row in zip(texts, new, strict=True):
+                text.extend(row)
+            if all(text.ended for text in texts):
+                break
+        found = [text.text for text in texts]
+        return found[0] if num_samples is None else found
+
+    @functools.cached_property
+    def _decoding_params(self) -> Params:
+        return unstack(self.params, self.config)
+
+    def _ids(self, text: Text) -> np.ndarray:
+        """int [B, T]."""
+        ids = self.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
+        ids, vocab_size = np.atleast_2d(ids), self.config.vocab_size or 0
+        if not ids.size:
+            raise UserError("the text is empty; give at least one token")
+        if wrong := [i for i in (ids.min(), ids.max()) if not 0 <= i < vocab_size]:
+            raise UserError(f"token id {wrong[0]} is not one of the model's 0 to {vocab_size - 1}")
+        return ids
+
+    def _tokens(self, text: Text) -> jax.Array:
+        """int32 [B, T], of at most block_size."""
+        ids = self._ids(text)
+        if ids.shape[1] > self.config.block_size:
+            raise UserError(
+                f"{ids.shape[1]} tokens do not fit the model's block_size {self.config.block_size}"
+            )
+        return jnp.asarray(ids, jnp.int32)
+
+    def logits(self, text: Text) -> np.ndarray:
+        """float32 [T, V], or [B, T, V] for ids [B, T]: next-token logits after each token.
+
+        Raises:
+            UserError: more than block_size tokens, or none; or an id that the model has not.
+        """
+        tokens = self._tokens(text)
+        found = np.asarray(_logits(self.params, tokens, self.config))
+        return found if np.ndim(text) == 2 else found[0]
+
+    def loss(self, text: Text) -> float:
+        """Mean nats per token of a text of 2 to block_size + 1 tokens: of each given those before.
+        (For longer texts: `gptjax evaluate`.)"""
+        tokens = self._ids(text)
+        if tokens.shape[1] < 2:
+            raise UserError("a loss takes a text of at least two tokens")
+        logits = self.logits(tokens[:, :-1])
+        return float(
+            train_step.cross_entropy(jnp.asarray(logits), jnp.asarray(tokens[:, 1:])).mean()
+        )
+
+    def attention(self, text: Text) -> np.ndarray:
+        """float32 [L, H, T, T] (or [B, L, H, T, T]): how much each token (third axis) looks at each
+        token (last axis), per layer and head; rows sum to 1."""
+        tokens = self._tokens(text)
+        found = np.asarray(_attention(self.params, tokens, self.config))
+        return found if np.ndim(text) == 2 else found[0]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model and its tokenizer as Hugging Face's files, for
+        `transformers.AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            UserError: the format cannot express the model, or `folder` exists.
+        """
+        # Not at the top: Hugging Face's libraries take longer to load than a small model does.
+        from gptjax.interop import convert
+        from gptjax.interop.weights import Weights
+
+        experiment = dataclasses.replace(self.experiment, model=self.config)
+        weights = Weights(experiment, self.params, step=self.step)
+        convert.write_pretrained(weights, self.tokenizer, files.path(str(folder)))
+
+
+def _stream(text: GrowingText, tokens: Iterator[np.ndarray]) -> Iterator[str]:
+    for new in tokens:
+        text.extend(new[0])
+        if piece := text.take():
+            yield piece
+        if text.ended:
+            return
+    text.ended = True
+    if piece := text.take():
+        yield piece
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    return model.apply(config, params, tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _attention(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """[B, L, H, T, T], from the attention weights that the model hands to its dropout."""
+    weights: list[jax.Array] = []
+
+    def keep(next_method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        attends = isinstance(context.module, model.CausalSelfAttention)
+        if attends and context.method_name == "dropout" and args[0].ndim == 4:
+            weights.append(args[0].astype(jnp.float32))
+        return next_method(*args, **kwargs)
+
+    with nn.intercept_methods(keep):
+        # Unstacked: one call of the block a layer.
+        model.apply(config, unstack_names(params, config), tokens)
+    return jnp.stack(weights, axis=1)
+
+
+def unstack_names(params: Params, config: ModelConfig) -> Params:
+    """As `decode_layout.unstack`, within a traced function."""
+    rest = {name: value for name, value in params.items() if name != "h"}
+    layers = [jax.tree.map(lambda x, i=i: x[i], params.get("h", {})) for i in range(config.n_layer)]
+    return rest | {f"h_{i}": layer for i, layer in enumerate(layers)}
+
+
+def load(
+    run_dir: str | Path,
+    checkpoint: str = "best",
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> Run:
+    """A run that was trained or imported.
+
+    Args:
+        run_dir: its folder; nothing else is needed. gs://BUCKET/PATH too.
+        checkpoint: "best" (lowest validation loss), "latest", or a step.
+        dtype: compute precision; auto: the run's own.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or none that is whole.
+    """
+    name = str(run_dir)
+    loaded = run_metadata.load_checkpoint(files.path(name), checkpoint, on_one_device)
+    metadata = loaded.metadata
+    config = metadata.config.model
+    config = setup.resolve_dtype(
+        config if dtype == "auto" else dataclasses.replace(config, dtype=dtype)
+    )
+    tokenizer = tokenizers.from_json(metadata.tokenizer, name)
+    return Run(
+        config, loaded.params, tokenizer, loaded.step, metadata.config, metadata.data_fingerprint
+    )
+
+
+def from_pretrained(name: str) -> Run:
+    """A GPT-2 that another program wrote: a folder in Hugging Face's format, nanoGPT's ckpt.pt, or
+    a name on the Hugging Face Hub such as "gpt2". Nothing is written.
+
+    Raises:
+        UserError: it cannot be read, or is not a GPT-2 that can be computed exactly.
+    """
+    from gptjax.interop import convert  # as in `save_pretrained`
+
+    weights, tokenizer = convert.read_pretrained(name, optimizer=False)
+    params = jax.tree.map(jnp.asarray, weights.params)
+    config = setup.resolve_dtype(weights.config.model)
+    return Run(config, params, tokenizer, weights.step, weights.config)
+
+
+def train(
+    config: TrainConfig,
+    run_dir: str | Path,
+    *,
+    runtime: RuntimeConfig = RuntimeConfig(),
+    callbacks: Sequence[Callback] = (),
+    stop: Callable[[], int] = lambda: 0,
+) -> Run:
+    """Train in `run_dir`, from the start or from where the run was left, and load its best weights.
+
+    Args:
+        callbacks: how to listen; `gptjax.MetricsLog()` writes metrics.jsonl, and
+            `gptjax.ProgressDisplay()` prints progress.
+        stop: asked between steps; a number other than 0 stops and saves.
+
+    Raises:
+        UserError: something about the settings, the data or the run directory is not as it must be.
+        RunError: what was begun cannot be finished, or was stopped before the first step.
+    """
+    runtime = dataclasses.replace(runtime, run_dir=str(run_dir), dry_run=False)
+    config, tokenizer = resume.adopt_weights(config, str(run_dir))
+    trainer = launch.train(config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=stop)
+    if trainer and trainer.checkpoints.latest_step is None:
+        raise RunError(f"{run_dir} was stopped before the first step; there is nothing to load")
+    return load(run_dir)

@@ -1,0 +1,149 @@
+"""The circumstances of a run: where, on what and how often. They may change whenever it is
+resumed, because they change no number of the training beyond rounding."""
+
+import dataclasses
+import re
+from typing import Literal
+
+from gptjax.config import INT_LIMIT, Config, TrainConfig
+from gptjax.errors import UserError
+
+DeviceKind = Literal["auto", "cpu", "gpu", "tpu"]
+StrategyKind = Literal["pmap", "fsdp"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(Config):
+    """How the network is computed: the same function, up to rounding."""
+
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    """Attention kernel. auto: cuDNN's flash attention where it applies, XLA elsewhere."""
+    remat: bool = False
+    """Recompute each block's activations in the backward pass: less memory, more time."""
+    scan_unroll: int = 0
+    """Layers unrolled in the scan over blocks. 0: all of them up to 12 layers without remat,
+    else 1."""
+
+    def problems(self) -> list[str]:
+        return self._check_ints(0, "scan_unroll")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig(Config):
+    """How several hosts find each other. All None: by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID, or by what SLURM or a TPU pod says; else there is one host."""
+
+    prefix = "distributed."
+
+    coordinator_address: str | None = None
+    """host:port of process 0, which all hosts can reach."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+    initialization_timeout: int = 1800
+    """Seconds to wait for the others at the start; a pod may take long to come up."""
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a host counts as dead, and the others end."""
+
+    def problems(self) -> list[str]:
+        out = self._check_ints(1, "num_processes", "initialization_timeout", "heartbeat_timeout")
+        out += self._check_ints(0, "process_id")
+        named = (self.coordinator_address, self.num_processes, self.process_id)
+        if None in named and any(value is not None for value in named):
+            out.append(
+                "distributed.coordinator_address, num_processes and process_id go together:"
+                " give all three, or none"
+            )
+        elif self.coordinator_address and not re.fullmatch(
+            r"\S+:\d{1,5}", self.coordinator_address
+        ):
+            out.append(
+                f"distributed.coordinator_address {self.coordinator_address!r} is not host:port"
+            )
+        if (self.process_id or 0) >= (self.num_processes or INT_LIMIT):
+            out.append(
+                f"distributed.process_id {self.process_id} is not below num_processes"
+                f" {self.num_processes}; they count from 0"
+            )
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig(Config):
+    """Everything about a run that is not the experiment."""
+
+    run_dir: str | None = None
+    """Where checkpoints and metrics go; a run that exists there is resumed. None: runs/ and the
+    config's name."""
+
+    log_interval: int = 10
+    """Steps between progress lines."""
+    eval_interval: int = 250
+    """Steps between evaluations; each is followed by a checkpoint (unless save_interval says
+    otherwise and it is not the best) and a sample."""
+    eval_batches: int = 20
+    """Batches (of batch_size) of fixed validation windows per evaluation."""
+    eval_full_split: bool = False
+    """Evaluate on the whole validation split, exactly, instead of eval_batches batches."""
+    save_interval: int | None = None
+    """Steps between checkpoints. None: as eval_interval."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the best by validation loss is kept besides."""
+    sample_tokens: int = 300
+    """Tokens of the sample printed after each evaluation; 0 prints none."""
+
+    device: DeviceKind = "auto"
+    """Kind of device to train on. auto: the fastest kind that is there."""
+    num_devices: int | None = None
+    """CPU devices to split this machine's cores into. None: one, which uses all of them."""
+    strategy: StrategyKind = "pmap"
+    """pmap: every device holds the whole model and its optimizer state (16 bytes a parameter).
+    fsdp: each holds a share and gathers weights layer by layer: for models that one device cannot
+    hold. The same numbers, the same checkpoints."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step: fits a large batch into little memory."""
+    compute: ComputeConfig = ComputeConfig()
+    distributed: DistributedConfig = DistributedConfig()
+
+    dry_run: bool = False
+    """Compile the training step, say what it needs of each device's memory and whether that is
+    there, and end. (Where only the text can tell the vocabulary, it is prepared.)"""
+    device_memory: float | None = None
+    """Memory of one device, in GiB, for a dry run to compare with (of devices that are not here,
+    say). None: what the device has; of a CPU what is free."""
+
+    def problems(self) -> list[str]:
+        out = self._check_ints(0, "sample_tokens")
+        out += self._check_ints(1, "gradient_accumulation_steps", "log_interval", "eval_interval")
+        out += self._check_ints(1, "eval_batches", "save_interval", "keep_checkpoints")
+        out += self._check_ints(1, "num_devices")
+        if self.num_devices and self.num_devices > 1024:
+            out.append(f"num_devices {self.num_devices} must be at most 1024")
+        if self.run_dir == "":
+            out.append("run_dir is empty; name a folder")
+        if self.device_memory is not None and not self.device_memory > 0:
+            out.append(f"device_memory {self.device_memory} must be a number above 0")
+        return out
+
+    def divide_batch(self, config: TrainConfig, num_devices: int) -> int:
+        """Sequences of one device's micro-batch.
+
+        Raises:
+            UserError: the batch does not divide; names the nearest sizes that do.
+        """
+        unit = num_devices * self.gradient_accumulation_steps
+        if config.batch_size % unit:
+            down = config.batch_size // unit * unit
+            nearest = " or ".join(str(size) for size in (down, down + unit) if size)
+            raise UserError(
+                f"batch_size {config.batch_size} does not divide over {num_devices} device(s) x"
+                f" {self.gradient_accumulation_steps} accumulation step(s);"
+                f" use {nearest} or another multiple of {unit}"
+            )
+        return config.batch_size // unit
+
+    def eval_windows(self, config: TrainConfig) -> int | None:
+        """Validation windows per evaluation; None: all. Two losses are compared only if this is
+        the same; it does not depend on how a batch is cut into micro-batches."""
+        return None if self.eval_full_split else self.eval_batches * config.batch_size

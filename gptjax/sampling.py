@@ -1,0 +1,273 @@
+"""Sampling: token ids in, token ids out; and above them, text that grows until it ends.
+
+A prompt is read into a cache (`prefill`), then one token at a time is fed and the next one drawn
+(`decode`). Prompts are padded to a power of two, so that a new length seldom compiles anew; the
+sampling settings are arrays, so that changing them never does.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.cache import Cache, init_cache
+from gptjax.config import ModelConfig
+from gptjax.data.tokenizers import Tokenizer
+from gptjax.devices.cpu import sampling_compiler_options
+from gptjax.hashed_random import gumbel
+from gptjax.logit_threshold import keep_largest
+from gptjax.model import apply, compute_dtype
+from gptjax.train_step import random_key
+
+Overflow = Literal["exact", "half", "stop"]
+
+CHUNK = 64
+"""Tokens made between two looks from the host, unless they are streamed one by one."""
+
+SMALLEST_BUCKET = 16
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn. Numbers or arrays; all of them may change without recompiling."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Keep the k likeliest tokens (and those as likely as the last of them); 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest likeliest tokens that have this probability together (Holtzman et al.,
+    arXiv:1904.09751), after top_k; 1 keeps all."""
+
+
+def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """float32 [B, V] -> [B, V] divided by temperature, with what top-k and top-p leave out masked.
+
+    As the Hugging Face warpers in the order temperature, top-k, top-p; but equally likely tokens
+    stay or go together.
+    """
+    logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
+
+    def top_k(logits: jax.Array) -> jax.Array:
+        return keep_largest(logits, jnp.ones_like(logits), sampling.top_k)
+
+    def top_p(logits: jax.Array) -> jax.Array:
+        return keep_largest(logits, jax.nn.softmax(logits, axis=-1), sampling.top_p)
+
+    logits = jax.lax.cond(sampling.top_k > 0, top_k, lambda x: x, logits)
+    return jax.lax.cond(sampling.top_p < 1, top_p, lambda x: x, logits)
+
+
+def sampling_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Array:
+    """uint32 [count, batch, 2]: what `sample` needs for the tokens from `position` on.
+
+    Row b's randomness at a position follows from (key, position, b) alone: it does not depend on
+    how many rows there are, on the cache, or on how the work is cut into chunks.
+    """
+
+    def one(position: jax.Array, row: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, position), row)
+        return jax.random.bits(own, (2,), jnp.uint32)
+
+    rows = jax.vmap(one, (None, 0))
+    return jax.vmap(rows, (0, None))(position + jnp.arange(count), jnp.arange(batch))
+
+
+def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+    """Draw int32 [B] tokens from logits [B, V], by the Gumbel-max trick (Gumbel 1954), with one of
+    the rows of `sampling_keys`."""
+    drawn = (filter_logits(logits, sampling) + gumbel(keys, logits.shape[1])).argmax(axis=-1)
+    return jnp.where(sampling.temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
+
+
+def prefill(
+    params: Any,
+    prompt: jax.Array,
+    length: jax.Array,
+    position: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    *,
+    config: ModelConfig,
+    slots: int,
+) -> tuple[jax.Array, Cache]:
+    """Read int32 [B, bucket] prompts, of which `length` tokens count, into a new cache of `slots`;
+    draw the first token [B], which stands at `position` in the text."""
+    stacked = "h_0" not in params
+    empty = init_cache(config, prompt.shape[0], slots, compute_dtype(config), stacked=stacked)
+    logits, cache = apply(config, params, prompt, empty, logits_at=length - 1)
+    assert cache is not None
+    # The padding's keys and values lie beyond `length`: masked, and overwritten one by one.
+    keys = sampling_keys(key, position, 1, prompt.shape[0])
+    return sample(logits[:, 0], keys[0], sampling), cache._replace(length=length)
+
+
+def decode(
+    params: Any,
+    token: jax.Array,
+    cache: Cache,
+    count: jax.Array,
+    position: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    *,
+    config: ModelConfig,
+) -> tuple[jax.Array, Cache]:
+    """Feed `token` [B] and draw the next, `count` <= CHUNK times; the first drawn stands at
+    `position`. -> (int32 [B, CHUNK], of which `count` columns count, the cache)."""
+
+    def body(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        token, cache, out = carry
+        logits, cache = apply(config, params, token[:, None], cache)
+        token = sample(logits[:, 0], keys[i], sampling)
+        return token, cache, out.at[:, i].set(token)
+
+    keys = sampling_keys(key, position, CHUNK, token.shape[0])
+    out = jnp.zeros((token.shape[0], CHUNK), jnp.int32)
+    _, cache, out = jax.lax.fori_loop(0, count, body, (token, cache, out))
+    return out, cache
+
+
+def decode_window(
+    params: Any,
+    window: jax.Array,
+    count: jax.Array,
+    position: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    *,
+    config: ModelConfig,
+) -> jax.Array:
+    """Past the block no cache is exact, because every token's position changes with each new one:
+    run the model over the last block_size tokens [B, block_size] for every token drawn.
+    -> int32 [B, CHUNK], of which `count` columns count."""
+
+    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        window, out = carry
+        last = jnp.asarray(window.shape[1] - 1)
+        logits, _ = apply(config, params, window, logits_at=last)
+        token = sample(logits[:, 0], keys[i], sampling)
+        window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
+        return window, out.at[:, i].set(token)
+
+    keys = sampling_keys(key, position, CHUNK, window.shape[0])
+    out = jnp.zeros((window.shape[0], CHUNK), jnp.int32)
+    return jax.lax.fori_loop(0, count, body, (window, out))[1]
+
+
+@functools.cache
+def _compiled() -> tuple[Any, Any, Any]:
+    """The three functions above; made late, because only then it is known what JAX runs on."""
+    jit = functools.partial(jax.jit, compiler_options=sampling_compiler_options())
+    return (
+        jit(prefill, static_argnames=("config", "slots")),
+        jit(decode, static_argnames="config", donate_argnames="cache"),
+        jit(decode_window, static_argnames="config"),
+    )
+
+
+def bucket(length: int, block_size: int) -> int:
+    """The next power of two, from SMALLEST_BUCKET, within block_size."""
+    return min(block_size, max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
+
+
+def generate(
+    params: Any,
+    prompt: np.ndarray,
+    max_new_tokens: int,
+    config: ModelConfig,
+    sampling: Sampling = Sampling(),
+    *,
+    num_samples: int = 1,
+    seed: int = 0,
+    overflow: Overflow = "exact",
+    chunk: int = CHUNK,
+) -> Iterator[np.ndarray]:
+    """Continue `prompt` (int [P], P >= 1) `num_samples` times.
+
+    Yields int32 [num_samples, n] new tokens, n <= `chunk` <= CHUNK, until there are
+    `max_new_tokens`. Of a prompt longer than the block the last block_size tokens count.
+
+    Past block_size, `overflow` "exact" goes on as an uncached model that sees the last block_size
+    tokens would; "half" drops the older half of the block and reads the rest anew (fast, and the
+    same while it fits); "stop" ends there.
+    """
+    prefill, decode, decode_window = _compiled()
+    key = random_key(seed)
+    settings = Sampling(
+        jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p)
+    )
+    block = config.block_size
+    text = np.broadcast_to(np.asarray(prompt, np.int32), (num_samples, len(prompt)))
+    end = len(prompt) + max_new_tokens
+    if overflow == "stop":
+        # The last token drawn need not fit: nothing follows it.
+        end = min(end, max(block + 1, len(prompt)))
+    slots = min(block, bucket(len(prompt), block) + bucket(max_new_tokens, block))
+    cache, cached = None, 0
+
+    while text.shape[1] < end:
+        length = text.shape[1]
+        if overflow == "exact" and length > block:
+            count = min(chunk, end - length)
+            out = decode_window(
+                params, text[:, -block:], count, length, key, settings, config=config
+            )
+            new = np.asarray(out)[:, :count]
+        elif cache is None or cached == block:
+            # The first reading takes all that fits; "half" reads on with half a block.
+            seen = min(length, block if cache is None else max(1, block // 2))
+            padded = np.zeros((num_samples, bucket(seen, block)), np.int32)
+            padded[:, :seen] = text[:, -seen:]
+            token, cache = prefill(
+                params, padded, seen, length, key, settings, config=config, slots=slots
+            )
+            cached, new = seen, np.asarray(token)[:, None]
+        else:
+            count = min(chunk, end - length, slots - cached)
+            out, cache = decode(
+                params, text[:, -1], cache, count, length, key, settings, config=config
+            )
+            cached, new = cached + count, np.asarray(out)[:, :count]
+        text = np.concatenate([text, new], axis=1)
+        yield new
+
+
+class GrowingText:
+    """The text of one sample, which ends before a stop text or at the end-of-text token."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), eot: int | None = None):
+        """`eot`: the token that ends it; None: no token does."""
+        self.text = ""
+        self.ended = False
+        self._tokenizer, self._stops, self._eot = tokenizer, stops, eot
+        self._ids: list[int] = []
+        self._taken = 0
+
+    def extend(self, ids: np.ndarray) -> None:
+        """Add int [n] tokens; those after the end are left out."""
+        if self.ended:
+            return
+        new = ids.tolist()
+        if self._eot in new:
+            new, self.ended = new[: new.index(self._eot)], True
+        self._ids += new
+        self.text = self._tokenizer.decode(self._ids)
+        ends = [end for stop in self._stops if (end := self.text.find(stop)) >= 0]
+        if ends:
+            self.text, self.ended = self.text[: min(ends)], True
+
+    def take(self) -> str:
+        """What has come since the last call and cannot change any more: no incomplete character,
+        no beginning of a stop text."""
+        text = self.text
+        if not self.ended:
+            text = text.rstrip("\ufffd")
+            partial = [
+                n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])
+            ]
+            text = text[: len(text) - max(partial, default=0)]
+        new, self._taken = text[self._taken :], max(self._taken, len(text))
+        return new

@@ -1,0 +1,138 @@
+"""One optimizer step and one evaluation step, as pure functions. Of devices they know only the name
+of the mapped axis that they may average over."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax import optim
+from gptjax.config import ModelConfig, TrainConfig
+from gptjax.model import Params, apply, init
+from gptjax.runtime_config import ComputeConfig
+
+Metrics = dict[str, jax.Array]
+
+
+class Batch(NamedTuple):
+    """One device's share of a step's data, in A micro-batches; or all of it."""
+
+    windows: Any
+    """int32 [A, b, block_size + 1]."""
+    rows: Any
+    """int32 [A, b]: the windows' numbers in the global batch. Dropout follows from them, so that it
+    does not matter how a batch is divided."""
+
+
+def whole_batch(windows: Any) -> Batch:
+    """int32 windows [A, b, T + 1] as all of a step's data."""
+    steps, size, _ = windows.shape
+    return Batch(windows, jnp.arange(steps * size, dtype=jnp.int32).reshape(steps, size))
+
+
+class TrainState(NamedTuple):
+    """All that training changes. Random keys are not part of it: they follow from `step`."""
+
+    step: jax.Array
+    """int32 []: optimizer steps done."""
+    params: Params
+    opt_state: Any
+
+
+def init_state(config: TrainConfig) -> TrainState:
+    """Fresh parameters and an optimizer that has seen nothing."""
+    params = init(config.model, random_key(config.seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optim.optimizer(config).init(params))
+
+
+def random_key(seed: int) -> jax.Array:
+    """The key of a run's seed; of this kind whatever JAX's default is, so that a run's numbers do
+    not depend on it."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Nats per target: logits [..., V], int targets [...] -> float32 [...]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+def loss(
+    params: Params,
+    windows: jax.Array,
+    config: ModelConfig,
+    compute: ComputeConfig = ComputeConfig(),
+    dropout_key: jax.Array | None = None,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """float32 []: mean nats per target of int windows [b, T + 1]; in training, with the dropout
+    that follows from `dropout_key` and `rows` [b]."""
+    inputs, targets = windows[:, :-1], windows[:, 1:]
+    logits, _ = apply(config, params, inputs, compute=compute, dropout_key=dropout_key, rows=rows)
+    return cross_entropy(logits, targets).mean()
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    compute: ComputeConfig = ComputeConfig(),
+    axis_name: str | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One update.
+
+    Args:
+        batch: this device's share of the data.
+        axis_name: the mapped axis to average gradients over; None runs on one device.
+
+    Returns:
+        The new state, and float32 scalars: `train_loss` of this batch before the update,
+        `grad_norm` before clipping, and `learning_rate`.
+    """
+    # The key follows from (seed, step), so no key is ever saved.
+    key = jax.random.fold_in(random_key(config.seed), state.step)
+
+    def micro_step(windows: jax.Array, rows: jax.Array) -> tuple[jax.Array, Any]:
+        return jax.value_and_grad(loss)(state.params, windows, config.model, compute, key, rows)
+
+    steps = batch.windows.shape[0]
+    if steps == 1:
+        mean_loss, grads = micro_step(batch.windows[0], batch.rows[0])
+    else:
+
+        def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, micro_step(*part)), None
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        total, _ = jax.lax.scan(accumulate, zeros, batch)
+        mean_loss, grads = jax.tree.map(lambda x: x / steps, total)
+    if axis_name is not None:
+        # Before clipping: the norm is that of the whole batch's gradient.
+        mean_loss, grads = jax.lax.pmean((mean_loss, grads), axis_name)
+    metrics = {
+        "train_loss": mean_loss,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": optim.learning_rate(config, state.step),
+    }
+    return apply_gradients(state, grads, config), metrics
+
+
+def apply_gradients(state: TrainState, grads: Params, config: TrainConfig) -> TrainState:
+    """The optimizer's part of a step."""
+    optimizer = optim.optimizer(config, optim.learning_rate(config, state.step))
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(state.step + 1, params, opt_state)
+
+
+def eval_step(
+    params: Params,
+    windows: jax.Array,
+    weights: jax.Array,
+    config: ModelConfig,
+    compute: ComputeConfig = ComputeConfig(),
+) -> jax.Array:
+    """float32 [b]: for each of int32 windows [b, T + 1] the weighted sum of its targets' nats;
+    weights [b, T] are 1 for targets that count, 0 for padding and context."""
+    logits, _ = apply(config, params, windows[:, :-1], compute=compute)
+    return (cross_entropy(logits, windows[:, 1:]) * weights).sum(-1)

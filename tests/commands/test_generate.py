@@ -1,0 +1,129 @@
+"""gptjax generate: what it prints, in which order, and what it refuses."""
+
+import io
+import os
+import shutil
+import sys
+
+import pytest
+
+from gptjax import run
+from gptjax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def moved(trained, tmp_path_factory):
+    """A copy of the run without its text and data."""
+    return shutil.copytree(trained[0], tmp_path_factory.mktemp("moved") / "run")
+
+
+def samples(out):
+    return out.split("---------------\n")[:-1]
+
+
+TWO = ["--num-samples", 2]  # the same for all, because another number is compiled anew
+
+
+def test_the_runs_folder_alone_gives_samples_of_its_seed(moved, gptjax, capsys):
+    argv = ["generate", moved, "--prompt", "now", "--max-new-tokens", 12, *TWO]
+    first, again = gptjax(*argv), gptjax(*argv)
+    assert first == again and len(set(samples(first))) == 2
+    assert all(s.startswith("now") and len(s) == 3 + 12 + 1 for s in samples(first))
+    assert gptjax(*argv, "--seed", 7) != first
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and f"[{moved}, step 30: 12 tokens x 2 in " in said[0]
+
+
+def test_it_prints_what_the_api_generates(moved, gptjax):
+    model = run.load(moved)
+    for options in ({"temperature": 0.0}, {"top_k": 3, "top_p": 0.5}):
+        argv = [f"--{name}={value}" for name, value in options.items()]
+        argv += ["--run-dir", moved, "--max-new-tokens=9", "--prompt=now", *TWO]
+        texts = model.generate("now", max_new_tokens=9, num_samples=2, **options)
+        assert samples(gptjax("generate", *argv)) == [f"now{text}\n" for text in texts]
+
+
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_streaming_prints_the_same_text(moved, gptjax, count):
+    argv = ["generate", moved, "--max-new-tokens", 12, "--prompt", "now", "--stop", "e"]
+    argv += ["--num-samples", count]
+    assert gptjax(*argv, "--stream") == gptjax(*argv)
+
+
+def test_the_prompt_comes_from_a_file_or_standard_input(moved, gptjax, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("HASTING:\n")
+    argv = ["generate", moved, "--max-new-tokens", 3, *TWO, "--prompt-file"]
+    from_file = gptjax(*argv, "prompt.txt")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"HASTING:\n")))
+    assert gptjax(*argv, "-") == from_file and from_file.startswith("HASTING:\n")
+
+
+def test_a_stop_text_ends_the_sample_before_it(moved, gptjax):
+    argv = ["generate", moved, "--prompt", "now", "--max-new-tokens", 13, "--seed", 3]
+    text = samples(gptjax(*argv, *TWO))[0].removesuffix("\n")
+    for at in (5, 8):  # the first of several counts
+        stop = text[at : at + 2].replace("\n", "\\n")
+        stopped = samples(gptjax(*argv, *TWO, "--stop", "Q", stop))[0].removesuffix("\n")
+        found = text.index(text[at : at + 2], 3)
+        assert stopped == text[:found]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--prompt", ""], ["the prompt is empty"]),
+        (["--prompt-file", "nope.txt"], ["cannot read --prompt-file nope.txt: No such file"]),
+        (["--prompt-file", "bad.txt"], ["bad.txt is not UTF-8"]),
+        (["--temperature", "-1", "--top-p", "2", "--num-samples", "0"],
+         ["temperature -1.0", "top_p 2.0", "num_samples 0 must be at least 1"]),
+        (["--seed", 2**32, "--top-k", 2**31, "--stop", ""], ["seed 4", "top_k 2", "--stop"]),
+        (["--prompt", "now \udcff"], ["--prompt is not UTF-8"]),
+        (["--checkpoint", "12345"], ["no checkpoint '12345'", "there are: 20, 30"]),
+        (["--device", "tpu"], ["JAX finds no tpu here"]),
+        (["--tempature", "1"], ["unknown flag --tempature; did you mean --temperature"]),
+        (["--prompt", "now Ω"], ["'Ω'", "--unknown skip"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(moved, gptjax, tmp_path, argv, words):
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError) as caught:
+        gptjax("generate", moved, *argv)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_characters_are_skipped_on_request(moved, gptjax):
+    argv = ["generate", moved, "--prompt", "now Ω", "--max-new-tokens", 3, *TWO]
+    assert gptjax(*argv, "--unknown", "skip").startswith("now Ω")
+
+
+def test_a_missing_run_is_named(gptjax):
+    with pytest.raises(UserError, match="no run in nope"):
+        gptjax("generate", "nope")
+    with pytest.raises(UserError, match="no run in runs/quickstart"):
+        gptjax("generate")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["exact", "half", "stop"])
+def test_every_overflow_goes_past_the_block_or_ends(moved, gptjax, capsys, how):
+    argv = ["generate", moved, "--prompt", "now", "--max-new-tokens", 40, "--overflow", how]
+    text = gptjax(*argv, "--ignore-end-of-text")
+    made = 40 if how != "stop" else 14  # the last token drawn needs no room in the block of 16
+    assert len(text) == 3 + made + 1 and f"{made} tokens x 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sentencepiece", "gpt2"])
+def test_a_run_of_any_tokenizer_needs_only_its_folder(
+    gptjax, small_flags, text_file, tmp_path, kind
+):
+    if kind == "gpt2" and not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("GPT-2's merges are not on this machine (TIKTOKEN_CACHE_DIR)")
+    flags = ["--data.tokenizer", kind, "--data.sentencepiece-vocab-size", "400"]
+    gptjax("train", *small_flags, *flags, "--run-dir", "run")
+    shutil.rmtree(tmp_path / "data")
+    text_file.unlink()
+    argv = ["generate", "run", "--prompt", "now is Ω", "--max-new-tokens", 12]
+    assert gptjax(*argv).startswith("now is Ω")
+    assert gptjax(*argv) == gptjax(*argv, "--stream")

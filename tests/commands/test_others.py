@@ -1,0 +1,150 @@
+"""The small commands on one run: evaluate, report, runs, data, convert, compare, bench."""
+
+import json
+import math
+import re
+import shutil
+
+import helpers
+import numpy as np
+import pytest
+
+from gptjax import config_io, run
+from gptjax.commands import bench
+from gptjax.errors import UserError
+
+
+def number(out, name):
+    return float(re.search(rf"^{name} +([\d.]+)", out, re.M)[1])
+
+
+def test_evaluate_measures_what_training_measured(trained, gptjax):
+    out = gptjax("evaluate", "--run-dir", trained[0], "--split=val", "--checkpoint", "30")
+    last = helpers.logged(trained[0])[-1]["val_loss"]
+    assert number(out, "loss") == pytest.approx(last, abs=1e-4)
+    assert out.startswith(f"{trained[0]}, step 30, in float32, on the val split: ")
+
+
+def test_evaluate_computes_the_mean_loss_of_a_text(trained, gptjax, tmp_path):
+    text = helpers.TEXT[: 1 + 6 * 16]
+    (tmp_path / "t.txt").write_text(text)
+    model = run.load(trained[0])
+    ids = model.tokenizer.encode(text)
+    expected = np.mean([model.loss(ids[at : at + 17]) for at in range(0, 96, 16)])
+    out = gptjax("evaluate", trained[0], "--text", "t.txt", "--strategy", "fsdp")
+    assert number(out, "loss") == pytest.approx(expected, abs=1e-4)
+    assert number(out, "bits per character") == pytest.approx(expected / math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nope", "--split", "val"], "no run in nope"),
+        (["RUN"], "on what"),
+        (["RUN", "--split", "val", "--text", "x"], "exclude each other"),
+        (["RUN", "--text", ""], "--text is empty"),
+        (["RUN", "--split", "val", "--stride", "17"], "--stride 17 exceeds the block_size 16"),
+        (["RUN", "--split", "val", "--stride", "0"], "stride 0 must be at least 1"),
+        (["RUN", "--split", "val", "--batch-size", "9"], "9 does not divide over 8 devices"),
+        (["RUN", "--text", "nope.txt"], "no text at 'nope.txt'"),
+        (["RUN", "--hellaswag", "nope.jsonl"], "cannot read nope.jsonl"),
+        (["--split", "val"], "RUN missing: gptjax evaluate RUN"),
+    ],
+)
+def test_evaluate_refuses_bad_input(trained, gptjax, argv, words):
+    with pytest.raises(UserError, match=words):
+        gptjax("evaluate", *(trained[0] if x == "RUN" else x for x in argv))
+
+
+def test_evaluate_gives_accuracies_on_hellaswag(trained, gptjax, tmp_path):
+    row = {"ctx": "now is", "endings": ["the", "winter", "of our", "sun"], "label": 1}
+    (tmp_path / "h.jsonl").write_text(json.dumps(row))
+    out = gptjax("evaluate", trained[0], "--hellaswag", "h.jsonl")
+    assert number(out, "acc") in (0, 1) and number(out, "acc_norm") in (0, 1)
+
+
+def test_runs_lists_every_run_of_a_folder(trained, gptjax, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "runs" / "good")
+    shutil.copytree(trained[0], tmp_path / "runs" / "bad")
+    (tmp_path / "runs" / "bad" / "config.json").write_text("{")
+    (tmp_path / "runs" / "bad" / "metrics.jsonl").write_text("{\n{\n")
+    (tmp_path / "runs" / "no run").mkdir()
+    best = min(row["val_loss"] for row in helpers.logged(trained[0]) if row["val_loss"])
+    model = config_io.run_settings(json.loads((trained[0] / "config.json").read_text()), "x")[0]
+    titles, bad, good = (re.split("  +", line) for line in gptjax("runs").splitlines())
+    assert titles == ["run", "step", "best loss", "parameters", "size", "changed"]
+    assert bad[:4] == ["bad", "30", "damaged", "damaged"]
+    assert good[:4] == ["good", "30", f"{best:.4f}", f"{model.model.num_parameters():,}"]
+    size = sum(path.stat().st_size for path in trained[0].rglob("*") if path.is_file())
+    assert good[4] == f"{size / 1000:.3g} KB" and re.fullmatch(r"[\d-]+ [\d:]+", good[5])
+    assert gptjax("runs", "runs/good").splitlines()[1].startswith("good ")
+
+
+def test_runs_without_any_says_so(gptjax, tmp_path):
+    with pytest.raises(UserError, match="no folder runs; name one: gptjax runs FOLDER"):
+        gptjax("runs")
+    with pytest.raises(UserError, match=r"no runs in \."):
+        gptjax("runs", ".")
+
+
+def test_report_draws_into_the_run_or_where_it_is_told(trained, gptjax, tmp_path):
+    pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+    shutil.copytree(trained[0], tmp_path / "run")
+    assert gptjax("report", "run") == "drew run/loss.png\n"
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert gptjax("report", "run", "--run-dir", "run", "--out", "both.svg") == "drew both.svg\n"
+
+
+def test_data_prepares_a_text_for_training(gptjax, text_file, tmp_path):
+    out = gptjax("data", "text.txt", "--out", "set", "--val-fraction", "0.2")
+    assert out.endswith("train on it: gptjax train --data.dir set\n")
+    size = {name: (tmp_path / "set" / f"{name}.bin").stat().st_size for name in ("train", "val")}
+    assert size["val"] / sum(size.values()) == pytest.approx(0.2, abs=0.001)
+    assert np.fromfile(tmp_path / "set" / "train.bin", "<u2").max() < 100
+    with pytest.raises(UserError, match=r"val_fraction 2\.0 is outside"):
+        gptjax("data", "text.txt", "--val-fraction", "2")
+    with pytest.raises(UserError, match="SOURCE missing: gptjax data SOURCE"):
+        gptjax("data")
+
+
+def test_convert_exports_and_imports_the_same_model(trained, gptjax, tmp_path):
+    assert gptjax("convert", "export", trained[0], "hf").startswith("wrote hf (hf)")
+    assert "imported 4" in gptjax("convert", "import", "hf", "--run-dir", "back")
+    text = helpers.TEXT[:15]
+    assert np.allclose(run.load(trained[0]).logits(text), run.load(tmp_path / "back").logits(text))
+    with pytest.raises(UserError, match="back holds a run already"):
+        gptjax("convert", "import", "hf", "back")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("", "import or export"),
+        ("imprt a b", "import or export"),
+        ("import a", "RUN missing: gptjax convert import SOURCE RUN"),
+        ("export a", "FOLDER missing: gptjax convert export RUN FOLDER"),
+        ("import a b --tokenizer=", "--tokenizer is empty"),
+        ("export a b --format gguf", "--format 'gguf': expected 'hf' or 'nanogpt'"),
+    ],
+)
+def test_convert_refuses_bad_input(gptjax, argv, words):
+    with pytest.raises(UserError, match=words):
+        gptjax("convert", *argv.split())
+
+
+@pytest.mark.slow
+def test_compare_finds_the_same_numbers(trained, gptjax):
+    pytest.importorskip("transformers", reason="comparing needs PyTorch and transformers")
+    out = gptjax("compare", trained[0], "--steps", "2", "--greedy-tokens", "5")
+    assert re.search(r"all \d+ numbers agree within their tolerances\n$", out)
+
+
+def test_compare_refuses_bad_input(gptjax):
+    with pytest.raises(UserError, match=r"steps 0 must be.*seed -1 must be"):
+        gptjax("compare", "run", "--steps", "0", "--seed", "-1")
+
+
+def test_bench_says_where_it_is_when_installed(gptjax, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    with pytest.raises(UserError, match="not installed; run this command in a checkout"):
+        gptjax("bench", "train")

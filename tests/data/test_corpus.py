@@ -1,0 +1,177 @@
+"""Finding and reading text: every source, every kind of bad file."""
+
+import hashlib
+import itertools
+import json
+
+import pytest
+from fuzz import damaged, read_or_refuse
+from helpers import TEXT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax.data import corpus
+from gptjax.errors import UserError
+
+
+def texts(*paths):
+    return ["".join(document) for document in corpus.read_documents(list(paths))]
+
+
+def test_builtin_is_the_standard_librarys_source_in_ascii():
+    found = corpus.find_files("builtin")
+    assert {"argparse.py", "dataclasses.py"} <= {path.name for path in found}
+    assert found == sorted(found)
+    assert not [path for path in found if "site-packages" in path.parts or "test" in path.parts]
+
+
+def test_files_folders_and_globs_are_found_in_order(tmp_path, monkeypatch):
+    for name in ("b.txt", "a.txt", "sub/c.jsonl", "d.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+
+    def found(source):
+        return [path.name for path in corpus.find_files(str(source))]
+
+    assert found(tmp_path) == ["a.txt", "b.txt", "c.jsonl"]
+    assert found(tmp_path / "*.txt") == ["a.txt", "b.txt"]
+    assert found(tmp_path / "**/*.jsonl") == ["c.jsonl"]
+    assert found(tmp_path / "d.bin") == ["d.bin"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("~/a.txt") == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nope.txt", "no text at 'nope.txt'"),
+        ("*.md", "no text at"),
+        ("https://host/a.txt", "download it"),
+        ("gs://bucket/a.txt", "download it"),
+        ("empty", "contains no .txt or .jsonl file"),
+        (None, "--data.source"),
+    ],
+)
+def test_a_source_without_text_is_refused(tmp_path, monkeypatch, source, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        corpus.find_files(source)
+    assert words in str(caught.value)
+
+
+@given(st.text(alphabet="ab é\n\t\u2003'", min_size=1), st.integers(1, 9))
+def test_pieces_join_to_the_text_and_end_after_words(tmp_path_factory, text, size):
+    path = tmp_path_factory.mktemp("t") / "t.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "READ_BYTES", size)
+        (document,) = corpus.read_documents([path])
+        pieces = list(document)
+    assert "".join(pieces) == text
+    for before, after in itertools.pairwise(pieces):
+        assert not before[-1].isspace() and after[0] in " \n"
+
+
+def test_text_without_white_space_is_cut_anyway(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "READ_BYTES", 10)
+    monkeypatch.setattr(corpus, "LONGEST_PIECE", 30)
+    (tmp_path / "t.txt").write_text("x" * 100)
+    (document,) = corpus.read_documents([tmp_path / "t.txt"])
+    pieces = list(document)
+    assert "".join(pieces) == "x" * 100 and max(map(len, pieces)) <= 40
+
+
+def test_a_long_run_of_white_space_is_read_in_linear_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "READ_BYTES", 10_000)
+    path = tmp_path / "t.txt"
+    for text in ("a" + " \n" * 200_000 + "b c", "1.234,56\r\n" * 200_000, "w\t " * 200_000):
+        path.write_bytes(text.encode())
+        assert texts(path) == [text]
+
+
+def test_a_byte_order_mark_is_not_text_and_line_ends_stay(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes("\ufeffa\r\nb".encode())
+    assert texts(path) == ["a\r\nb"]
+
+
+def test_jsonl_gives_one_document_a_line(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"text": "one\\nline", "id": 1}\n\n{"text": "zwölf"}\n')
+    assert texts(path) == ["one\nline", "zwölf"]
+    assert [*corpus.read_pieces([path], "|")] == ["one\nline", "|", "zwölf"]
+    path.write_text(json.dumps({"text": "x \ud800 y"}))
+    assert texts(path) == ["x ? y"]  # half a surrogate pair, which UTF-8 cannot spell
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"abc\0def", "looks binary (a NUL byte at 3)"),
+        ("a.txt", b"abc \xff\xfe", "is not UTF-8 (byte 0xff at 4)"),
+        ("a.txt", b"abcdefg\xc3\xc3", "is not UTF-8 (byte 0xc3 at 7)"),
+        ("a.txt", "é".encode()[:1], "is not UTF-8 (byte 0xc3 at 0)"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
+        ("a.jsonl", b'\n{"body": "x", "id": 1}', "line 2 has no string field `text` (it has body"),
+        ("a.jsonl", b'["text"]', "line 1 has no string field"),
+        ("a.jsonl", b'{"text": 3}', "line 1 has no string field `text` (it has text: 3)"),
+        ("a.jsonl", b"\xff", "line 1 is not JSON in UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("size", [4, corpus.READ_BYTES])
+def test_a_bad_file_is_named_with_the_position(tmp_path, monkeypatch, name, content, words, size):
+    monkeypatch.setattr(corpus, "READ_BYTES", size)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        texts(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value) and words in str(caught.value)
+
+
+@given(
+    st.binary(max_size=30) | damaged("aé中😀\ufeff \n".encode() * 3), st.integers(3, 9)
+)  # 3: a byte order mark is read at once
+def test_text_is_read_exactly_where_it_is_utf8_without_nul(tmp_path_factory, content, size):
+    path = tmp_path_factory.mktemp("t") / "t.txt"
+    path.write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "READ_BYTES", size)
+        found = read_or_refuse(lambda: texts(path), path)
+    text = "" if b"\0" in content else content.decode(errors="replace").removeprefix("\ufeff")
+    assert found == ([text] if text and text.encode() in content else None)
+
+
+DOCUMENT = b'{"text": "a b", "id": 3}\n'
+
+
+@given(damaged(DOCUMENT * 2))
+def test_damaged_jsonl_is_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("t") / "t.jsonl"
+    path.write_bytes(content)
+    for text in read_or_refuse(lambda: texts(path), path) or []:
+        text.encode()
+
+
+def test_shakespeare_offline_says_where_to_put_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
+    with pytest.raises(UserError, match=f"put the file from .* at {tmp_path}/tinyshakespeare.txt"):
+        corpus.find_files("shakespeare")
+
+
+def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "source.txt").write_text(TEXT)
+    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", (tmp_path / "source.txt").as_uri())
+    with pytest.raises(UserError, match="is not Tiny Shakespeare"):
+        corpus.find_files("shakespeare")
+    digest = hashlib.sha256(TEXT.encode()).hexdigest()
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", digest)
+    (tmp_path / "cache" / "tinyshakespeare.txt").unlink()
+    assert corpus.find_files("shakespeare")[0].read_text() == TEXT
+    (tmp_path / "source.txt").unlink()
+    assert corpus.find_files("shakespeare")[0].read_text() == TEXT

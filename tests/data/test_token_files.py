@@ -1,0 +1,257 @@
+"""Opening prepared sets, ours and nanoGPT's, whole or damaged."""
+
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+from fuzz import damaged, read_or_refuse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gptjax import files
+from gptjax.data import tokenizers
+from gptjax.data.token_files import TokenFile, load, read_tokenizer
+from gptjax.data.tokenizers import CharTokenizer
+from gptjax.errors import RunError, UserError
+
+
+def test_a_truncated_token_file_is_a_clear_error(tmp_path):
+    path = tmp_path / "train.bin"
+    np.arange(100, dtype="<u2").tofile(path)
+    tokens = TokenFile(path, np.dtype("<u2"))
+    assert len(tokens) == 100 and tokens[7:12].tolist() == [7, 8, 9, 10, 11]
+    assert tokens[98:200].tolist() == [98, 99] and not len(tokens[5:5])
+    os.truncate(path, 100)
+    assert tokens[40:50].tolist() == list(range(40, 50))
+    with pytest.raises(RunError, match="shorter than when it was opened"):
+        tokens[40:60]
+
+
+def test_a_read_that_returns_less_is_continued(tmp_path, monkeypatch):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "train.bin")
+    tokens = TokenFile(tmp_path / "train.bin", np.dtype("<u2"))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 7), at))
+    assert tokens[3:90].tolist() == list(range(3, 90))
+
+
+# nanoGPT's folders
+
+
+def nanogpt_folder(folder, meta: bytes | None):
+    ids = CharTokenizer("abc").encode("abcabcabc" * 5).astype("<u2")
+    for split in ("train", "val"):
+        ids.tofile(folder / f"{split}.bin")
+    if meta is not None:
+        (folder / "meta.pkl").write_bytes(meta)
+    return folder
+
+
+META = {"vocab_size": 3, "itos": dict(enumerate("abc")), "stoi": {"a": 0, "b": 1, "c": 2}}
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_nanogpts_folders_are_used_as_they_are(tmp_path, protocol):
+    dataset = load(nanogpt_folder(tmp_path, pickle.dumps(META, protocol)))
+    assert dataset.tokenizer.decode(dataset.val[:4]) == "abca"
+    os.truncate(tmp_path / "val.bin", 4)
+    assert load(tmp_path).val[:].tolist() == [0, 1]
+
+
+def test_nanogpts_folders_without_meta_hold_gpt2_tokens(tmp_path, gpt2):
+    assert load(nanogpt_folder(tmp_path, None)).tokenizer.n_vocab == gpt2.n_vocab
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("the-pickle-ran",)
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        (pickle.dumps(Evil()), "it asks for posix.mkdir"),
+        (pickle.dumps({"itos": Evil()}), "it asks for posix.mkdir"),
+        (pickle.dumps([1]), ""),
+        (b"", ""),
+        (b"garbage", ""),
+        (pickle.dumps({"itos": {0: "ab", 1: "ab"}}), "not single characters"),
+        (pickle.dumps({"itos": {1: "a"}}), ""),
+        (b"\x80\x04}r\xff\xff\xff\x7f.", "itos"),  # a memo of 2**31 entries
+        (b"\x80\x04}N" + b"\x85" * 10**6 + b"Ns.", "more than dicts"),  # a million nested tuples
+        (b"\x80\x05\x96" + struct.pack("<Q", 2**36) + b".", "more than dicts"),  # 64 GiB of bytes
+    ],
+)
+def test_a_hostile_pickle_is_refused_and_never_run(tmp_path, monkeypatch, meta, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"is not nanoGPT's plain meta\.pkl: .*{words}"):
+        load(nanogpt_folder(tmp_path, meta))
+    assert not (tmp_path / "the-pickle-ran").exists()
+
+
+def test_hugging_faces_tokenizer_json_is_not_ours(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}')
+    assert read_tokenizer(tmp_path) is None
+    assert read_tokenizer(tmp_path / "nowhere") is None
+
+
+# damage
+
+
+def missing_split(folder):
+    (folder / "val.bin").unlink()
+
+
+def shorter(folder):
+    os.truncate(folder / "train.bin", 100)
+
+
+def odd_length(folder):
+    os.truncate(folder / "train.bin", 101)
+
+
+def empty(folder):
+    os.truncate(folder / "train.bin", 0)
+
+
+def missing_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def no_json(folder):
+    (folder / "meta.json").write_text("{")
+
+
+def other_dtype(folder):
+    (folder / "meta.json").write_text('{"dtype": "float64"}')
+
+
+def no_count(folder):
+    (folder / "meta.json").write_text('{"dtype": "uint16", "train_tokens": "x", "val_tokens": 3}')
+
+
+def one_token(folder):
+    (folder / "meta.json").unlink()
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(map(chr, range(99))))}))
+    os.truncate(folder / "val.bin", 2)
+
+
+def unknown_id(folder):
+    tokens = np.fromfile(folder / "train.bin", "<u2")
+    tokens[1000] = json.loads((folder / "meta.json").read_text())["vocab_size"]
+    tokens.tofile(folder / "train.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (missing_split, "expected train.bin and val.bin"),
+        (shorter, "holds 50 tokens, but meta.json says"),
+        (odd_length, "101 bytes are not whole uint16 tokens"),
+        (empty, "0 bytes are not whole uint16 tokens"),
+        (missing_tokenizer, "no tokenizer.json; prepare it again"),
+        (no_json, "is not valid JSON"),
+        (other_dtype, "expected an object with dtype uint16 or uint32"),
+        (no_count, "expected whole numbers train_tokens"),
+        (one_token, "holds one token"),
+        (unknown_id, "holds token id 44, but its char tokenizer has 44 ids"),
+    ],
+)
+def test_a_damaged_set_is_refused_with_the_reason(tmp_path, make_set, damage, words):
+    folder = make_set(tmp_path)
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert words in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_a_set_in_a_bucket_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "is_remote", lambda path: True)
+    with pytest.raises(UserError, match="read from disk"):
+        load(tmp_path)
+
+
+def test_the_fingerprint_follows_the_tokens_not_the_path(tmp_path, make_set):
+    folder = make_set(tmp_path)
+    first = load(folder).fingerprint
+    folder = folder.rename(tmp_path / "moved")
+    assert load(folder).fingerprint == first
+    tokens = np.fromfile(folder / "train.bin", "<u2")
+    tokens[-1] = (tokens[-1] + 1) % 10
+    tokens.tofile(folder / "train.bin")
+    assert load(folder).fingerprint != first
+
+
+def test_fingerprints_are_those_of_the_first_edition(tmp_path):
+    """Its checkpoints name them. A long split is sampled, from its beginning to its end."""
+    nanogpt_folder(tmp_path, pickle.dumps(META))
+    assert (
+        load(tmp_path).fingerprint
+        == "e46421f345c9a28d97c426e4649ef839c6ff85fb27c31da8cfe7e74b67080140"
+    )
+    with (tmp_path / "train.bin").open("r+b") as file:
+        file.truncate(100_000_002)  # a file with a hole takes no room
+        for position in range(0, 100_000_000, 250_000):
+            file.seek(position)
+            file.write(b"\x02\0")
+    assert (
+        load(tmp_path).fingerprint
+        == "df4bae57b1e6a60819a55dc09f3443e1f8268dfa0913a9075667b64f186933a6"
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, make_set, byte_pairs, sentence_pieces):
+    """One of each kind."""
+    root = tmp_path_factory.mktemp("folders")
+    make_set(root)
+    for name, tokenizer in (
+        ("char", CharTokenizer("\n abc")),
+        ("gpt2", byte_pairs),
+        ("sentencepiece", sentence_pieces),
+    ):
+        (root / name).mkdir()
+        (root / name / "tokenizer.json").write_text(tokenizers.to_json(tokenizer))
+    for name, protocol in (("pickled", 5), ("pickled-ascii", 0)):
+        (root / name).mkdir()
+        (root / name / "meta.pkl").write_bytes(pickle.dumps(META, protocol))
+    return root
+
+
+FILES = [
+    *("set/meta.json", "set/tokenizer.json", "set/val.bin", "pickled/meta.pkl"),
+    *("pickled-ascii/meta.pkl", "char/tokenizer.json", "gpt2/tokenizer.json"),
+    "sentencepiece/tokenizer.json",
+]
+
+
+@settings(max_examples=40, suppress_health_check=[*HealthCheck])
+@given(drawn=st.data())
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_read_or_refused(folders, name, drawn):
+    path = folders / name
+
+    def read():
+        if path.parent.name == "set":
+            load(path.parent)
+        elif tokenizer := read_tokenizer(path.parent):  # what is read as a tokenizer works
+            tokenizer.encode("ab \n\u2581\0é\ud800", skip_unknown=True)
+            tokenizer.decode(range(min(tokenizer.n_vocab, 1000)))
+
+    whole = path.read_bytes()
+    read()
+    try:
+        path.write_bytes(drawn.draw(damaged(whole)))
+        read_or_refuse(read, path.parent)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_pieces_that_are_not_distinct_are_refused(tmp_path):
+    state = {"kind": "gpt2", "pieces": "YQ== YQ=="}  # tiktoken would panic
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="not distinct"):
+        read_tokenizer(tmp_path)

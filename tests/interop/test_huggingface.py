@@ -1,0 +1,166 @@
+"""GPT-2 of transformers, in and out: the same logits, the same ids, and nothing guessed."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import TEXT
+from small_models import SMALL, VARIANTS, assert_bitwise, assert_close, logits, random_params
+
+from gptjax.config import TrainConfig
+from gptjax.data.tokenizers import CharTokenizer
+from gptjax.errors import UserError
+from gptjax.interop import convert, hf_tokenizer, huggingface
+from gptjax.interop.weights import Weights
+
+torch = pytest.importorskip("torch", reason="needs PyTorch")
+transformers = pytest.importorskip("transformers", reason="needs transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs PyTorch")
+
+TOKENS = np.random.default_rng(0).integers(0, 23, (2, 12), np.int32)
+ODD = "'ll x\n\n\n  y\t12345 é中😀\ufeff don't <|end"
+CHARS = CharTokenizer("".join(map(chr, range(65, 88))))
+
+
+def make_gpt2(**settings):
+    """A GPT-2 whose every tensor matters."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 12, "vocab_size": 23}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | ends | settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "ln_" in name and "weight" in name else 0.0, 0.2)
+    return model
+
+
+@torch.no_grad()
+def their_logits(model) -> np.ndarray:
+    return model.eval()(torch.from_numpy(TOKENS).long()).logits.float().numpy()
+
+
+def masked(tensors):
+    """With the causal masks of older versions."""
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 12, 12).tril().byte() for i in (0, 1)}
+    more = {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in (0, 1)}
+    return tensors | masks | more
+
+
+def bare(tensors):
+    """As GPT2Model, without the head, names its tensors; so do the released weights."""
+    kept = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    return {name.removeprefix("transformer."): tensor for name, tensor in kept.items()}
+
+
+SAVED = {
+    "safetensors": lambda model, f: model.save_pretrained(f),
+    "sharded": lambda model, f: model.save_pretrained(f, max_shard_size="5KB"),
+    "bare safetensors with masks": lambda model, f: safetensors_torch.save_file(
+        bare(masked(model.state_dict())), f / "model.safetensors"
+    ),
+    "bare torch with masks": lambda model, f: torch.save(
+        bare(masked(model.state_dict())), f / "pytorch_model.bin"
+    ),
+}
+
+
+@pytest.mark.parametrize("save", SAVED.values(), ids=SAVED)
+def test_every_kind_of_file_has_the_logits_of_transformers(tmp_path, save):
+    model = make_gpt2()
+    model.config.save_pretrained(tmp_path)
+    save(model, tmp_path)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (save is SAVED["sharded"])
+    found = huggingface.read(tmp_path)
+    assert found.config.model.vocab_size == 23 and not found.notes
+    assert_close(logits(found.config.model, found.params, TOKENS), their_logits(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"tie_word_embeddings": False, "activation_function": "gelu"}, torch.float16),
+        ({"activation_function": "gelu_pytorch_tanh", "n_layer": 1, "n_head": 4, "n_embd": 12,
+          "n_inner": 48, "n_positions": 40}, torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_every_variant_has_the_logits_of_transformers(tmp_path, settings, dtype):
+    model = make_gpt2(**settings).to(dtype)
+    model.save_pretrained(tmp_path)
+    found = huggingface.read(tmp_path)
+    assert found.params["wte"].dtype == np.float32
+    assert_close(logits(found.config.model, found.params, TOKENS), their_logits(model.float()))
+
+
+QUICK = ("only qkv bias", "padded")
+
+
+@pytest.mark.parametrize("model", [
+    pytest.param(model, marks=() if name in QUICK else pytest.mark.slow, id=name)
+    for name, model in VARIANTS.items()
+])  # fmt: skip
+def test_transformers_loads_an_export_and_has_our_logits(tmp_path, model):
+    params = random_params(model)
+    convert.write_pretrained(Weights(TrainConfig(model), params), CHARS, tmp_path / "out")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert theirs.config.tie_word_embeddings == model.tied_head
+    assert_close(logits(model, params, TOKENS), their_logits(theirs))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.encode(CHARS.characters) == list(range(23))
+
+
+def test_a_sharded_export_loads_and_comes_back_bitwise(tmp_path):
+    weights = Weights(TrainConfig(SMALL), random_params(SMALL))
+    huggingface.write(weights, CHARS, tmp_path, shard_bytes=5000)
+    files = list(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 3 and not (tmp_path / "model.safetensors").exists()
+    assert all(f"-of-{len(files):05}." in file.name for file in files)
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert_close(logits(SMALL, weights.params, TOKENS), their_logits(theirs))
+    assert_bitwise(huggingface.read(tmp_path).params, weights.params)
+
+
+def through_files(tokenizer, folder):
+    """As transformers loads it."""
+    hf_tokenizer.write(tokenizer, folder, 32)
+    config = {"model_type": "gpt2", "vocab_size": tokenizer.n_vocab}
+    (folder / "config.json").write_text(json.dumps(config))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_transformers_gives_the_same_ids_and_text(tokenizer, tmp_path):
+    theirs = through_files(tokenizer, tmp_path)
+    text = TEXT + getattr(tokenizer, "characters", ODD)
+    ids = tokenizer.encode(text).tolist()
+    assert theirs.encode(text) == ids == theirs(text)["input_ids"]
+    assert theirs.decode(ids) == text
+    assert len(theirs) == tokenizer.n_vocab
+    assert theirs.eos_token_id == tokenizer.eot
+    assert theirs.model_max_length == 32
+
+
+def test_what_transformers_saves_is_read_as_the_same_tokenizer(tokenizer, tmp_path):
+    theirs = through_files(tokenizer, tmp_path)
+    (tmp_path / "saved").mkdir()
+    theirs.save_pretrained(tmp_path / "saved")
+    if tokenizer.kind != "sentencepiece":
+        assert hf_tokenizer.read(tmp_path / "saved").state() == tokenizer.state()
+        return
+    # transformers leaves out tokenizer.model, and nothing else says how ours was trained.
+    with pytest.raises(UserError, match="another kind"):
+        hf_tokenizer.read(tmp_path / "saved")
+
+
+@pytest.mark.slow
+def test_gpt2s_own_tokenizer_is_the_one_that_transformers_knows(gpt2, tmp_path):
+    theirs = through_files(gpt2, tmp_path)
+    for text in (TEXT, ODD, "Every effort moves you"):
+        ids = gpt2.encode(text).tolist()
+        assert theirs.encode(text) == ids and theirs.decode(ids) == text
+    assert theirs.encode("Every effort moves you") == [6109, 3626, 6100, 345]
+    assert theirs.eos_token_id == 50256 and len(theirs) == 50257

@@ -1,0 +1,99 @@
+"""GPT-2 and its variants in numpy, in float64 and one sequence at a time, written from the papers: what
+the tests compare the network with where there is no PyTorch."""
+
+import math
+
+import numpy as np
+
+from gptjax.config import ModelConfig
+
+
+def forward(config: ModelConfig, params, tokens) -> tuple[np.ndarray, np.ndarray]:
+    """(logits [T, V], attention weights [L, H, T, T]) of int tokens [T]; blocks stacked in "h"."""
+    leaf = dict(_leaves(params))
+    wte, length = leaf["wte"], len(tokens)
+    x = wte[np.asarray(tokens)] + _positions(config, leaf)[:length]
+    looks = []
+    for layer in range(config.n_layer):
+        block = {n[2:]: v[layer] for n, v in leaf.items() if n.startswith("h/")}
+        banded = config.attention_pattern[layer % len(config.attention_pattern)] == "banded"
+        reach = config.attention_window if banded else length
+        y, weights = _attention(config, block, _norm(x, block, "ln_1"), reach)
+        looks.append(weights)
+        x = x + y
+        hidden = _gelu(_linear(_norm(x, block, "ln_2"), block, "mlp/c_fc"), config.gelu)
+        x = x + _linear(hidden, block, "mlp/c_proj")
+    if config.n_layer:
+        x = _norm(x, leaf, "ln_f")
+    head = wte if config.tied_head else leaf["lm_head"]
+    return (x @ head.T)[:, : config.vocab_size], np.array(looks)
+
+
+def logits(config: ModelConfig, params, tokens) -> np.ndarray:
+    """[B, T, V] of int tokens [B, T]."""
+    return np.stack([forward(config, params, row)[0] for row in tokens])
+
+
+def nats(config: ModelConfig, params, windows) -> np.ndarray:
+    """[B, T]: -log p of each target of int windows [B, T + 1]."""
+    found = logits(config, params, windows[:, :-1])
+    total = np.log(np.exp(found).sum(axis=-1))
+    return total - np.take_along_axis(found, windows[:, 1:, None], axis=-1)[..., 0]
+
+
+def greedy(config: ModelConfig, params, prompt, count: int) -> list[int]:
+    """The likeliest tokens one after the other, from the last block_size tokens each time."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(forward(config, params, text[-config.block_size :])[0][-1].argmax()))
+    return text[len(prompt) :]
+
+
+def _leaves(tree, prefix=""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", np.asarray(value, np.float64)
+
+
+def _positions(config, leaf):
+    if config.position == "learned":
+        return leaf["wpe"]
+    table = np.zeros((config.block_size, config.n_embd))
+    for position in range(config.block_size):
+        for i in range(config.n_embd // 2):
+            angle = position / 10000 ** (2 * i / config.n_embd)
+            table[position, 2 * i : 2 * i + 2] = math.sin(angle), math.cos(angle)
+    return table
+
+
+def _norm(x, leaf, name):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    return scaled * leaf[f"{name}/scale"] + leaf.get(f"{name}/bias", 0)
+
+
+def _linear(x, leaf, name):
+    return x @ leaf[f"{name}/kernel"] + leaf.get(f"{name}/bias", 0)
+
+
+def _gelu(x, form):
+    if form == "erf":
+        return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def _attention(config, block, x, reach):
+    length, size = len(x), config.n_embd // config.n_head
+    heads, weights = [], np.zeros((config.n_head, length, length))
+    qkv = _linear(x, block, "attn/c_attn")
+    q, k, v = (qkv[:, i * config.n_embd : (i + 1) * config.n_embd] for i in range(3))
+    for head in range(config.n_head):
+        part = slice(head * size, (head + 1) * size)
+        for t in range(length):
+            seen = slice(max(0, t - reach + 1), t + 1)
+            scores = np.exp(k[seen, part] @ q[t, part] / math.sqrt(size))
+            weights[head, t, seen] = scores / scores.sum()
+        heads.append(weights[head] @ v[:, part])
+    return _linear(np.concatenate(heads, axis=-1), block, "attn/c_proj"), weights

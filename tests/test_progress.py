@@ -1,0 +1,162 @@
+"""What a run shows, to a terminal and to a file."""
+
+import sys
+import types
+
+import pytest
+from rich.console import Console
+
+from gptjax import progress
+from gptjax.config import DataConfig, ModelConfig, TrainConfig
+from gptjax.devices import setup
+from gptjax.progress import ProgressDisplay, Samples
+from gptjax.runtime_config import RuntimeConfig
+
+
+def trainer_at(step=0, notes=(), **more):
+    """As a Trainer, for what is shown."""
+    model = ModelConfig(2, 2, 16, 10, vocab_size=1234, dtype="float32")
+    return types.SimpleNamespace(
+        config=TrainConfig(model, DataConfig(dir="data/set"), batch_size=16, max_steps=100),
+        runtime=RuntimeConfig(gradient_accumulation_steps=2, sample_tokens=5),
+        dataset=types.SimpleNamespace(
+            train=range(12345), val=range(678), tokenizer=types.SimpleNamespace(kind="char")
+        ),
+        checkpoints=types.SimpleNamespace(run_dir="a run"),
+        kernels={True: ("xla", "attention dropout"), False: ("cudnn", "flash attention")},
+        start=types.SimpleNamespace(step=step, notes=list(notes), unfinished=None, origin="new"),
+        first_step_seconds=None,
+        stopped_by=0,
+        sample=lambda: "[red]hello",
+        **more,
+    )
+
+
+def row(step, **other):
+    numbers = {"train_loss": 1.5, "learning_rate": 1e-3, "grad_norm": 0.25}
+    return {"step": step, "tokens_per_second": 1000.0, "seconds": 1.0} | numbers | other
+
+
+@pytest.fixture
+def display(monkeypatch):
+    monkeypatch.setattr(setup, "peak_flops", lambda: None)
+    display = ProgressDisplay()
+    yield display
+    display.close()
+
+
+def test_a_run_begins_with_what_is_about_to_happen(display, capsys):
+    display.on_start(trainer_at(notes=["note: [not markup]"]))
+    out = capsys.readouterr().out
+    assert out.startswith("note: [not markup]\nrun        a run (new)\n")
+    for words in (
+        "data       data/set: 12,345 training and 678 validation tokens, char tokenizer",
+        "2 layers, 2 heads, 16 wide, block 10, 1,234 ids: 26,496 parameters",
+        "8 x cpu, computing in float32",
+        "attention  xla (attention dropout); in evaluation cudnn (flash attention)",
+        "batch      16 x 10 = 160 tokens per step (8 devices x 2 accumulation steps x 1 sequences)",
+    ):
+        assert words in out
+    assert "complete" not in out
+
+
+def test_outside_a_terminal_progress_is_plain_lines(display, capsys, monkeypatch):
+    trainer = trainer_at()
+    display.on_start(trainer)
+    capsys.readouterr()
+    trainer.first_step_seconds = 2.34
+    display.on_step(trainer, row(1))
+    trainer.first_step_seconds = 9.0  # told once
+    monkeypatch.setattr(setup, "peak_flops", lambda: 1e9)
+    # 6 x (parameters that multiply) + 12 C T a layer, by hand.
+    flops = 6 * (26_496 - 160) + 12 * 16 * 10 * 2
+    display.on_step(trainer, row(50, tokens_per_second=100.0))
+    display.on_step(trainer, row(51, tokens_per_second=None))
+    display.on_step(trainer, {"step": 52, "train_loss": 1.0})  # no log interval
+    display.on_evaluate(trainer, {"step": 60, "val_loss": 1.23456}, True)
+    display.on_evaluate(trainer, {"step": 70, "val_loss": 2.0}, False)
+    assert capsys.readouterr().out.splitlines() == [
+        "compiled and took the first step in 2.3 s",
+        "step 1/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25 | 1,000 tokens/s | MFU unknown"
+        " | 16s left",
+        "step 50/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25 | 100 tokens/s"
+        f" | MFU {100 * flops / 1e9:.1%} | 1m20s left",
+        "step 51/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25 | - tokens/s | MFU unknown"
+        " | - left",
+        "step 60: validation loss 1.2346 (best)",
+        "step 70: validation loss 2.0000",
+    ]
+
+
+def test_a_complete_run_says_so(display, capsys):
+    display.on_start(trainer_at(step=100))
+    assert "this run is complete at step 100" in capsys.readouterr().out
+
+
+def test_other_hosts_show_nothing(display, capsys, monkeypatch):
+    monkeypatch.setattr(setup, "is_main_host", lambda: False)
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.on_step(trainer, row(10))
+    display.on_evaluate(trainer, {"step": 10, "val_loss": 1.0}, True)
+    assert not capsys.readouterr().out
+
+
+def test_a_terminal_gets_one_live_line(display, capsys, monkeypatch):
+    monkeypatch.setattr(Console, "is_terminal", True)
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.on_step(trainer, row(10))
+    display.on_end(trainer)
+    out = capsys.readouterr().out
+    assert "step 10/100 | loss 1.5000" in out and "\x1b[?25h" in out  # the cursor is shown again
+
+
+def test_nobody_reading_is_no_reason_to_stop(display, monkeypatch):
+    class Closed:
+        encoding = "utf-8"
+
+        def write(self, _):
+            raise BrokenPipeError
+
+        flush = isatty = lambda self: None
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.on_step(trainer, row(10))
+    display.on_end(trainer)
+
+
+def test_samples_follow_evaluations_and_the_end(display, capsys):
+    trainer, samples = trainer_at(), Samples(display)
+    display.on_start(trainer)
+    capsys.readouterr()
+    for step in (0, 50, 100):  # not of the untrained model, nor twice of the last one
+        samples.on_evaluate(trainer, {"step": step, "val_loss": 1.0}, False)
+    assert capsys.readouterr().out == "[red]hello\n"
+    samples.on_end(trainer)
+    out = capsys.readouterr().out
+    assert "a sample:\n[red]hello\n" in out
+    assert out.rstrip().endswith("generate --run-dir 'a run' --num-samples 3")
+
+
+@pytest.mark.parametrize(("stopped_by", "tokens"), [(15, 5), (0, 0)])
+def test_no_sample_after_a_stop_or_of_no_tokens(display, capsys, stopped_by, tokens):
+    trainer = trainer_at()
+    trainer.stopped_by, trainer.runtime = stopped_by, RuntimeConfig(sample_tokens=tokens)
+    display.on_start(trainer)
+    capsys.readouterr()
+    Samples(display).on_evaluate(trainer, {"step": 50}, False) if not tokens else None
+    Samples(display).on_end(trainer)
+    out = capsys.readouterr().out
+    assert "hello" not in out and ("more samples" in out) == (not stopped_by)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (75, "1m15s"), (3599, "59m59s"),
+     (3600, "1h00m"), (7322, "2h02m")],
+)  # fmt: skip
+def test_duration(seconds, text):
+    assert progress.duration(seconds) == text

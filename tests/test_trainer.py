@@ -1,0 +1,132 @@
+"""The training loop: what callbacks are told, what is written, and how it ends."""
+
+import json
+import re
+
+import numpy as np
+import numpy_gpt
+import pytest
+import tiny_runs
+from helpers import assert_same_run, logged
+
+import gptjax
+from gptjax import config_io, run_metadata
+from gptjax.checkpoint import Checkpoints
+from gptjax.data import token_files
+from gptjax.errors import RunError, UserError
+
+
+def test_callbacks_are_told_everything_in_order(tiny):
+    assert tiny.recorder.events == [
+        "start",
+        ("step", 0), ("evaluate", 0, False),
+        ("step", 1), ("step", 2), ("step", 3),
+        ("step", 4), ("save", 4), ("evaluate", 4, True),
+        ("step", 5), ("step", 6), ("step", 7),
+        ("step", 8), ("save", 8), ("evaluate", 8, True),
+        ("step", 9), ("step", 10), ("step", 11),
+        ("step", 12), ("save", 12), ("evaluate", 12, True),
+        "end",
+    ]  # fmt: skip
+
+
+def test_a_row_has_what_is_known_of_its_step(tiny):
+    first, *rows = tiny.recorder.rows
+    assert first.keys() == {"step", "val_loss", "seconds"}
+    always = {"step", "train_loss", "grad_norm", "learning_rate"}
+    timing = {"tokens_per_second", "seconds"}
+    for row in rows:
+        more = timing if row["step"] % 2 == 0 else set()
+        assert row.keys() == always | more | ({"val_loss"} if row["step"] % 4 == 0 else set())
+    # Of the first step in a process, which is compiled, no speed is known.
+    assert [row["step"] for row in rows if row.get("tokens_per_second")] == [2, 4, 6, 8, 10, 12]
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_a_validation_loss_is_numpys_over_the_whole_split(tiny):
+    tokens = np.asarray(token_files.load(tiny.run_dir.parent / "set").val[:]).astype(int)
+    run = gptjax.load(tiny.run_dir, "12")
+    total = 0.0
+    for at in range(0, len(tokens) - 1, 16):
+        window = tokens[None, at : at + 17]
+        total += numpy_gpt.nats(run.config, run.params, window).sum()
+    found = tiny.recorder.rows[-1]["val_loss"]
+    assert found == pytest.approx(total / (len(tokens) - 1), rel=1e-5)
+
+
+def test_checkpoints_say_what_they_are(tiny):
+    with Checkpoints(tiny.run_dir) as checkpoints:
+        assert checkpoints.steps == [8, 12] and checkpoints.candidates("best")[0] == 12
+        saved = [run_metadata.read(checkpoints, step) for step in checkpoints.steps]
+    losses = [row["val_loss"] for row in tiny.recorder.rows if row["step"] in (8, 12)]
+    assert [metadata.val_loss for metadata in saved] == losses
+    assert [metadata.best_val_loss for metadata in saved] == losses
+    trainer = tiny.recorder.trainer
+    for metadata in saved:
+        assert (metadata.config, metadata.runtime) == (trainer.config, trainer.runtime)
+        assert metadata.data_fingerprint == trainer.dataset.fingerprint
+        assert (metadata.eval_windows, metadata.unfinished) == (None, None)
+    text = json.loads((tiny.run_dir / "config.json").read_text())
+    assert config_io.run_settings(text, "config.json") == (trainer.config, trainer.runtime)
+
+
+def test_a_complete_run_takes_no_step(tiny, train_tiny):
+    before = logged(tiny.run_dir)
+    recorder = train_tiny(tiny.config, tiny.run_dir)
+    assert recorder.events == ["start", "end"] and recorder.trainer.stopped_by == 0
+    assert logged(tiny.run_dir) == before
+
+
+def test_save_and_eval_intervals_are_independent(tiny, train_tiny, tmp_path):
+    more = {"eval_interval": 8, "save_interval": 3, "keep_checkpoints": 9, "eval_batches": 1}
+    recorder = train_tiny(tiny.config, tmp_path / "run", **more, eval_full_split=False)
+    saved = [event[1] for event in recorder.events if event[0] == "save"]
+    evaluated = [event[1] for event in recorder.events if event[0] == "evaluate"]
+    assert (saved, evaluated) == ([3, 6, 8, 9, 12], [0, 8, 12])
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.steps == saved
+        losses = [run_metadata.read(checkpoints, step).val_loss for step in saved]
+    assert [loss is not None for loss in losses] == [False, False, True, False, True]
+    # The training is the same, whatever is saved and evaluated.
+    ours, expected = ([row["train_loss"] for row in r.rows[1:]] for r in (recorder, tiny.recorder))
+    assert ours == expected
+
+
+class Poison(gptjax.Callback):
+    """Makes a weight infinite once step 5 is done, and the step after it is under way."""
+
+    def on_step(self, trainer, row):
+        if row["step"] == 5:
+            params = trainer.state.params
+            infinite = params["wpe"] * np.float32(np.inf)
+            trainer.state = trainer.state._replace(params=params | {"wpe": infinite})
+
+
+def test_a_non_finite_loss_names_the_last_saved_step(tiny, train_tiny, tmp_path):
+    recorder = tiny_runs.Recorder()
+    with pytest.raises(RunError) as caught:
+        train_tiny(tiny.config, tmp_path / "run", recorder, callbacks=[Poison()])
+    assert str(caught.value) == (
+        "train_loss became nan at step 7; step 4 is saved; lower --learning-rate or raise"
+        " --warmup-steps, in another --run-dir"
+    )
+    assert recorder.events[-1] == ("step", 6)
+    train_tiny(tiny.config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tiny.run_dir, 12)
+
+
+def test_a_stop_before_the_first_step_leaves_no_checkpoint(tiny, train_tiny, tmp_path):
+    recorder = tiny_runs.Recorder(stop_after=0)
+    with pytest.raises(UserError, match="stopped before the first step"):
+        train_tiny(tiny.config, tmp_path / "run", recorder)
+    assert recorder.events == ["start", "end"] and recorder.trainer.stopped_by == 15
+    recorder = train_tiny(tiny.config, tmp_path / "run")
+    assert recorder.trainer.start.origin == "new"
+    assert logged(tmp_path / "run") == logged(tiny.run_dir)
+
+
+def test_a_sample_is_text_of_the_asked_length(tiny):
+    trainer = tiny.recorder.trainer
+    text = trainer.sample()
+    assert len(text) == trainer.runtime.sample_tokens and trainer.sample() == text
+    assert re.search("[a-z]", text)
