@@ -21,6 +21,7 @@ _PUBLIC = {
     "ComputeConfig": "runtime_config",
     "load_config": "config_io",
     "UserError": "errors",
+    "ConfigError": "errors",
     "RunError": "errors",
     "init": "model",
     "apply": "model",

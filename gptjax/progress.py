@@ -117,8 +117,8 @@ def describe(trainer: Trainer) -> str:
         f"devices    {setup.describe()}, computing in {model.dtype}\n"
         f"attention  {attention}\n"
         f"batch      {config.batch_size} x {model.block_size} ="
-        f" {config.batch_size * model.block_size:,} tokens per step ({setup.device_count()}"
-        f" devices x {steps} accumulation steps x {rows} sequences)"
+        f" {config.batch_size * model.block_size:,} tokens per step (devices {setup.device_count()}"
+        f" x accumulation steps {steps} x sequences {rows})"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import config_io, files, optim, program, run_metadata, train_step
+from gptjax import attention, config_io, files, optim, program, run_metadata, train_step
 from gptjax.checkpoint import Checkpoints, Corrupted
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.data import tokenizers
@@ -221,7 +221,7 @@ def _resume(
     if config.init_from:
         origin += f", first from {config.init_from}"
     windows, best = runtime.eval_windows(config), saved.best_val_loss
-    notes = _notes(saved, config)
+    notes = _notes(saved, config, runtime)
     if best is not None and windows != saved.eval_windows:
         best = None
         notes.append(
@@ -232,7 +232,8 @@ def _resume(
     return Start(state, step, origin, best, saved.unfinished, notes)
 
 
-def _notes(saved: CheckpointMetadata, config: TrainConfig) -> list[str]:
+def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfig) -> list[str]:
+    """What is otherwise than when the run was saved, or than in a new run here."""
     out = []
     here = setup.resolve_dtype(dataclasses.replace(config.model, dtype="auto")).dtype
     if saved.config.model.dtype == "auto":
@@ -240,6 +241,12 @@ def _notes(saved: CheckpointMetadata, config: TrainConfig) -> list[str]:
     elif config.model.dtype != here:
         out.append(f"note: the run computes in {config.model.dtype}, as it began; here a new one"
                    f" would in {here}")  # fmt: skip
+    kernel, why = attention.choose(config.model, runtime.compute, train=True)
+    if saved.attention not in (None, kernel):
+        out.append(
+            f"note: attention is computed by {kernel} ({why}), by {saved.attention} before: the"
+            " same function, up to rounding"
+        )
     decay = config.lr_decay_steps
     if config.optimizer.warmup_steps <= decay < config.max_steps > saved.config.max_steps:
         out.append(f"note: the learning rate's decay ended at step {decay}; the steps after it run"

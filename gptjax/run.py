@@ -218,7 +218,7 @@ def unstack_names(params: Params, config: ModelConfig) -> Params:
 
 def load(
     run_dir: str | Path,
-    checkpoint: str = "best",
+    checkpoint: str | int = "best",
     *,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> Run:
@@ -233,7 +233,7 @@ def load(
         UserError: there is no such run or checkpoint, or none that is whole.
     """
     name = str(run_dir)
-    loaded = run_metadata.load_checkpoint(files.path(name), checkpoint, on_one_device)
+    loaded = run_metadata.load_checkpoint(files.path(name), str(checkpoint), on_one_device)
     metadata = loaded.metadata
     config = metadata.config.model
     config = setup.resolve_dtype(

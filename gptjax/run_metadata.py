@@ -39,6 +39,8 @@ class CheckpointMetadata:
     """Of these weights, where it was measured."""
     eval_windows: int | None = None
     """Over how many validation windows the two losses were measured; None: over all."""
+    attention: str | None = None
+    """The attention kernel it was trained with; None: not known."""
     unfinished: dict[str, Any] | None = None
     """The last step's row for metrics.jsonl, where the run was stopped before its evaluation."""
 

@@ -181,6 +181,7 @@ class Trainer:
             self.best_val_loss,
             val_loss,
             self.runtime.eval_windows(self.config),
+            self.kernels[True][0],
             unfinished,
         ).to_dict()
 

@@ -1,4 +1,5 @@
-"""The switch for what makes a run faster and changes no result beyond rounding.
+"""The switch for what makes a run faster. It changes no result beyond rounding (without
+`hashed_random` the random numbers are others, with the same distribution).
 
 By default all are on. GPTJAX_TRICKS=-malloc,-hashed_random turns these two off, to measure what
 they bring or to rule them out as the cause of a fault. Each one's number stands where it is used.

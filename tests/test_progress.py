@@ -54,7 +54,7 @@ def test_a_run_begins_with_what_is_about_to_happen(display, capsys):
         "2 layers, 2 heads, 16 wide, block 10, 1,234 ids: 26,496 parameters",
         "8 x cpu, computing in float32",
         "attention  xla (attention dropout); in evaluation cudnn (flash attention)",
-        "batch      16 x 10 = 160 tokens per step (8 devices x 2 accumulation steps x 1 sequences)",
+        "batch      16 x 10 = 160 tokens per step (devices 8 x accumulation steps 2 x sequences 1)",
     ):
         assert words in out
     assert "complete" not in out

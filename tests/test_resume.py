@@ -130,6 +130,17 @@ def test_dtype_is_decided_at_the_start_and_kept(tiny, train_tiny, complete, monk
         train_tiny(given, complete)
 
 
+def test_another_attention_kernel_is_announced(tiny, train_tiny, complete):
+    with Checkpoints(complete) as checkpoints:
+        step = checkpoints.latest_step
+        saved = run_metadata.read(checkpoints, step)
+        assert saved.attention == "xla"
+        moved = dataclasses.replace(saved, attention="cudnn")
+        checkpoints.update_metadata(step, moved.to_dict(), writes=True)
+    notes = train_tiny(tiny.config, complete).trainer.start.notes
+    assert len(notes) == 1 and "attention is computed by xla" in notes[0] and "cudnn" in notes[0]
+
+
 def test_more_steps_are_one_setting_and_go_on_at_min_lr(tiny, train_tiny, complete):
     recorder = train_tiny(config_io.change(tiny.config, {"max_steps": 15}), complete)
     assert [row["step"] for row in recorder.rows] == [13, 14, 15]

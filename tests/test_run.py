@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def run(tiny) -> gptjax.Run:
     return dataclasses.replace(tiny.run, params=params | {"wpe": 4 * params["wpe"]})
 
 
-def test_training_gives_the_run_that_is_loaded(tiny, train_tiny):
+def test_training_gives_the_run_that_is_loaded(tiny, tmp_path, cache_dir, monkeypatch):
     config, experiment = tiny.run.config, tiny.run.experiment
     assert (config.vocab_size, config.dtype) == (CHARS.n_vocab, "float32")
     assert experiment.model == config and experiment.optimizer.lr_decay_steps == 12
@@ -35,7 +36,9 @@ def test_training_gives_the_run_that_is_loaded(tiny, train_tiny):
                key=lambda row: row["val_loss"])  # fmt: skip
     assert tiny.run.step == best["step"]
     assert tiny.run.tokenizer.decode(tiny.run.tokenizer.encode(TEXT)) == TEXT
-    again = gptjax.train(tiny.config, tiny.run_dir)  # complete
+    run_dir = shutil.copytree(tiny.run_dir, tmp_path / "run")
+    monkeypatch.setenv("GPTJAX_CACHE_DIR", str(cache_dir))
+    again = gptjax.train(tiny.config, run_dir)  # complete
     assert again.step == tiny.run.step and again.config == config
     assert_bitwise(again.params, tiny.run.params)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import numpy_gpt
@@ -70,11 +71,11 @@ def test_checkpoints_say_what_they_are(tiny):
     assert config_io.run_settings(text, "config.json") == (trainer.config, trainer.runtime)
 
 
-def test_a_complete_run_takes_no_step(tiny, train_tiny):
-    before = logged(tiny.run_dir)
-    recorder = train_tiny(tiny.config, tiny.run_dir)
+def test_a_complete_run_takes_no_step(tiny, train_tiny, tmp_path):
+    run_dir = shutil.copytree(tiny.run_dir, tmp_path / "run")
+    recorder = train_tiny(tiny.config, run_dir)
     assert recorder.events == ["start", "end"] and recorder.trainer.stopped_by == 0
-    assert logged(tiny.run_dir) == before
+    assert logged(run_dir) == logged(tiny.run_dir)
 
 
 def test_save_and_eval_intervals_are_independent(tiny, train_tiny, tmp_path):

@@ -41,7 +41,7 @@ def start(runtime: RuntimeConfig, num_parameters: int) -> None:
         except RuntimeError:  # JAX has started, in a notebook say
             if jax.local_device_count() != runtime.num_devices:
                 raise UserError(
-                    f"num_devices {runtime.num_devices} cannot be set any more: JAX already runs"
+                    f"num_devices {runtime.num_devices} cannot be set any longer: JAX already runs"
                     f" with {jax.local_device_count()} devices in this process; restart it"
                 ) from None
         cpu.divide_cores(runtime.num_devices)
