@@ -104,9 +104,9 @@ def describe(trainer: Trainer) -> str:
     config, model, dataset = trainer.config, trainer.config.model, trainer.dataset
     steps = trainer.runtime.gradient_accumulation_steps
     rows = trainer.runtime.divide_batch(config, setup.device_count())
-    attention = "{} ({})".format(*trainer.kernels[True])
-    if trainer.kernels[True][0] != trainer.kernels[False][0]:
-        attention += "; in evaluation {} ({})".format(*trainer.kernels[False])
+    attention = "{} ({})".format(*trainer.train_kernel)
+    if trainer.train_kernel[0] != trainer.eval_kernel[0]:
+        attention += "; in evaluation {} ({})".format(*trainer.eval_kernel)
     return (
         f"run        {trainer.checkpoints.run_dir} ({trainer.start.origin})\n"
         f"data       {os.path.relpath(config.data.dir or '.')}:"

@@ -28,29 +28,29 @@ from gptjax.run_metadata import CheckpointMetadata
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 Row = dict[str, Any]
-"""One step's numbers: `step` (of those done), `train_loss` (before the update), `grad_norm`,
-`learning_rate`; at an evaluation `val_loss`; and at log intervals and evaluations
-`tokens_per_second` and `seconds` (of training in this process, evaluating and saving left out)."""
+"""One step's numbers: `step` (how many are done), `train_loss` (before the update), `grad_norm` and
+`learning_rate`; `val_loss` after an evaluation; at log intervals and evaluations also
+`tokens_per_second` and `seconds` (of training in this process, without evaluating and saving)."""
 
 
 class Callback:
     """Listens to a Trainer, on every host. Each method does nothing unless it is overridden."""
 
     def on_start(self, trainer: "Trainer") -> None:
-        """The state is there; no step has been taken."""
+        """The state is initialised or restored; no step has been taken yet."""
 
     def on_step(self, trainer: "Trainer", row: Row) -> None:
-        """A step is done. (The devices are at work on the next one already, if there is no
-        evaluation or checkpoint in between.)"""
+        """A step is done, and evaluated if that was due. (Unless it was, the devices are working on
+        the next step already.) Before the first step, called once with `step` 0 and `val_loss`."""
 
     def on_evaluate(self, trainer: "Trainer", row: Row, best: bool) -> None:
-        """`row` has a `val_loss`, and the checkpoint that belongs to it has been started."""
+        """`row` has a `val_loss`; a checkpoint, if one is due, has been started."""
 
     def on_save(self, trainer: "Trainer", step: int) -> None:
         """A checkpoint is about to be written."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        """The last step is done, or `trainer.stopped_by` a signal."""
+        """The last step is done, or `trainer.stopped_by` is the signal that ended training."""
 
 
 class Trainer:
@@ -69,7 +69,7 @@ class Trainer:
 
         Args:
             config: with nothing left open (`resume.resolve`).
-            stop: the signal on which this host shall stop, 0 while there is none.
+            stop: returns the signal that asks this host to stop, or 0.
 
         Raises:
             UserError: the run is another experiment, or none of its checkpoints is whole.
@@ -77,22 +77,30 @@ class Trainer:
         self.config, self.runtime, self.dataset = config, runtime, dataset
         self.checkpoints, self.callbacks, self.stop = checkpoints, callbacks, stop
         self.stopped_by = 0
-        """The signal on which all hosts stopped."""
+        """The signal on which all hosts stopped; 0: none."""
         self.strategy = get_strategy(runtime.strategy)
-        self.kernels = {train: attention.choose(config.model, runtime.compute, train=train)
-                        for train in (True, False)}  # fmt: skip
-        """(attention kernel, why) in training and in evaluation."""
-        steps = runtime.gradient_accumulation_steps
+        self.train_kernel = attention.choose(config.model, runtime.compute, train=True)
+        """(attention kernel, why)."""
+        self.eval_kernel = attention.choose(config.model, runtime.compute, train=False)
+
+        def compute(kernel: tuple[Any, str]) -> ComputeConfig:
+            return dataclasses.replace(runtime.compute, attention=kernel[0])
+
+        # The strategy makes Batches of the windows it is given, names the axis that gradients are
+        # averaged over, and adds `stop`, the largest signal of all hosts, to a step's metrics.
+        accumulation = runtime.gradient_accumulation_steps
         self._train_step = self.strategy.map_train_step(
-            functools.partial(train_step.train_step, config=config, compute=self._compute(True)),
-            steps,
+            functools.partial(
+                train_step.train_step, config=config, compute=compute(self.train_kernel)
+            ),
+            accumulation,
         )
         self._eval_step = self.strategy.map_eval_step(
             functools.partial(
-                train_step.eval_step, config=config.model, compute=self._compute(False)
+                train_step.eval_step, config=config.model, compute=compute(self.eval_kernel)
             )
         )
-        self._micro_batch = config.batch_size // steps
+        self._eval_batch_size = config.batch_size // accumulation  # what fits in training fits
         self.start = resume.init_or_resume(
             config, runtime, dataset.fingerprint, checkpoints, self.strategy
         )
@@ -100,15 +108,12 @@ class Trainer:
         self.state = self.strategy.to_devices(self.start.state)
         self.clock = Clock(self.start.step + 1)
         self.first_step_seconds: float | None = None
-        """Of the first step in this process, which is compiled."""
-
-    def _compute(self, train: bool) -> ComputeConfig:
-        return dataclasses.replace(self.runtime.compute, attention=self.kernels[train][0])
+        """Of the first step in this process, compilation included."""
 
     def batch(self, step: int) -> np.ndarray:
-        """int32 [R, block_size + 1]: this host's share of the batch of one step."""
+        """int32 [batch_size / hosts, block_size + 1]: this host's share of one step's batch."""
         model = self.config.model
-        rows = batch_at(
+        share = batch_at(
             self.dataset.train,
             self.config.seed,
             step,
@@ -116,12 +121,12 @@ class Trainer:
             block_size=model.block_size,
             rows=hosts.host_rows(self.config.batch_size),
         )
-        check_ids(rows, model.vocab_size)
-        return rows
+        check_ids(share, model.vocab_size)
+        return share
 
-    def evaluate(self, windows: int | None) -> float | None:
-        """Mean validation loss in nats per token over so many evenly spaced windows, always the
-        same (None: over the whole split); None where a stop signal cuts it short.
+    def evaluate(self, n_windows: int | None) -> float | None:
+        """Mean validation loss in nats per token, over `n_windows` evenly spaced windows, always
+        the same ones (None: over the whole split). None if a stop signal interrupts it.
 
         Raises:
             RunError: it is not finite.
@@ -130,20 +135,20 @@ class Trainer:
         total = window_loss(
             functools.partial(self._eval_step, self.state.params),
             tokens,
-            windows_over(len(tokens), model.block_size, at_most=windows),
+            windows_over(len(tokens), model.block_size, at_most=n_windows),
             model,
-            self._micro_batch,
+            self._eval_batch_size,
             stop=self.stop,
         )
         if total is None:
             return None
-        loss, count = total
-        if not math.isfinite(loss):
-            raise RunError(f"the validation loss became {loss}; {self.checkpoints.last_saved()}")
-        return loss / count
+        nats, count = total
+        if not math.isfinite(nats):
+            raise RunError(f"the validation loss became {nats}; {self.checkpoints.last_saved()}")
+        return nats / count
 
     def sample(self) -> str:
-        """A continuation of a line end (of token 0 where the tokenizer knows none)."""
+        """Text that continues a newline (token 0 if the tokenizer has none)."""
         tokenizer, model = self.dataset.tokenizer, self.config.model
         prompt = tokenizer.encode("\n", skip_unknown=True)
         pieces = sampling.generate(
@@ -155,13 +160,13 @@ class Trainer:
             seed=self.config.seed,
             overflow="half",
         )
-        # All hosts together: where they share the model out, none can make a token alone.
+        # All hosts take part: where the model is sharded, none can compute a token alone.
         until_stop = itertools.takewhile(lambda _: not self._signal(), pieces)
         ids = np.concatenate([np.zeros(0, int), *(piece[0] for piece in until_stop)])
         return tokenizer.decode(ids.tolist())
 
     def _signal(self) -> int:
-        """The largest stop signal of all hosts, which all must ask for."""
+        """The largest stop signal of all hosts. A collective: all must call it."""
         return max(hosts.all_gather(self.stop()))
 
     def save(self, step: int, val_loss: float | None = None, unfinished: Row | None = None) -> None:
@@ -176,17 +181,17 @@ class Trainer:
         return CheckpointMetadata(
             self.config,
             self.runtime,
-            tokenizers.to_json(self.dataset.tokenizer),
-            self.dataset.fingerprint,
-            self.best_val_loss,
-            val_loss,
-            self.runtime.eval_windows(self.config),
-            self.kernels[True][0],
-            unfinished,
+            tokenizer=tokenizers.to_json(self.dataset.tokenizer),
+            data_fingerprint=self.dataset.fingerprint,
+            best_val_loss=self.best_val_loss,
+            val_loss=val_loss,
+            eval_windows=self.runtime.eval_windows(self.config),
+            attention=self.train_kernel[0],
+            unfinished=unfinished,
         ).to_dict()
 
     def fit(self) -> None:
-        """Train until `max_steps` steps are done or a stop signal comes; both end in a checkpoint.
+        """Train until `max_steps` steps are done or a stop signal comes, and save.
 
         Raises:
             RunError: a non-finite loss, a failed save, a bad token.
@@ -213,85 +218,94 @@ class Trainer:
         self._call("on_evaluate", row, False)
 
     def _take_steps(self, first: int, last: int) -> None:
-        runtime = self.runtime
-        intervals = runtime.eval_interval, runtime.save_interval or runtime.eval_interval
+        """Steps `first` + 1 to `last`. While the devices work on one, the numbers of the one before
+        are read."""
         alone = setup.host_count() == 1
-        pending: tuple[int, train_step.Metrics] | None = None
-        for done in range(first + 1, last + 1):
-            with self.clock.paused() if done == first + 1 else contextlib.nullcontext():
-                began = time.perf_counter()
-                batch = self.batch(done - 1)
-                self.state, metrics = self._train_step(self.state, batch, self.stop())
-                if done == first + 1:
-                    hosts.fetch(metrics)
-                    self.first_step_seconds = time.perf_counter() - began
-            # The metrics of the step before are read while this one runs.
+        running: tuple[int, train_step.Metrics] | None = None
+        for step in range(first + 1, last + 1):
+            metrics = self._start_step(step)
             stop = self.stop() if alone else 0
-            if pending:
-                row = self._row(*pending)
-                signal = row.pop("stop")
+            if running:
+                row, signal = self._fetch_row(*running)
                 stop = stop or signal
-                if row["step"] % runtime.log_interval == 0:
-                    self._add_speed(row)
-                self._call("on_step", row)
-            pending = done, metrics
-            if stop or done == last or any(done % n == 0 for n in intervals):
-                row, pending = self._row(done, metrics), None
-                self._end_of_step(row | {"stop": row["stop"] or stop})
+                self._report(row)
+            running = step, metrics
+            if stop or self._evaluates_at(step) or self._saves_at(step):
+                (row, signal), running = self._fetch_row(step, metrics), None
+                self._end_of_step(row, signal or stop)
                 if self.stopped_by:
                     return
 
-    def _row(self, step: int, metrics: train_step.Metrics) -> Row:
-        """Waits for the step. Raises RunError where its numbers are not finite."""
-        row = {"step": step} | hosts.fetch(metrics)
+    def _start_step(self, step: int) -> train_step.Metrics:
+        """Give the devices the step that makes `step` steps done. Waits only for the first one in
+        this process, which is compiled."""
+        first = step == self.start.step + 1
+        with self.clock.paused() if first else contextlib.nullcontext():
+            began = time.perf_counter()
+            batch = self.batch(step - 1)
+            self.state, metrics = self._train_step(self.state, batch, self.stop())
+            if first:
+                hosts.fetch(metrics)
+                self.first_step_seconds = time.perf_counter() - began
+        return metrics
+
+    def _fetch_row(self, step: int, metrics: train_step.Metrics) -> tuple[Row, int]:
+        """(a step's numbers, the largest stop signal of all hosts), once the step is done. Raises
+        RunError if they are not finite."""
+        row: Row = {"step": step} | hosts.fetch(metrics)
         for name in ("train_loss", "grad_norm"):
             if not math.isfinite(row[name]):
                 raise RunError(
                     f"{name} became {row[name]} at step {step}; {self.checkpoints.last_saved()};"
                     " lower --learning-rate or raise --warmup-steps, in another --run-dir"
                 )
-        return row
+        return row, row.pop("stop")
 
-    def _end_of_step(self, row: Row, *, saved: bool = False) -> None:
-        """All that follows a step with an evaluation or a checkpoint. `saved`: the checkpoint is
-        there, from before a stop, and only its evaluation is missing."""
-        runtime, done, stop = self.runtime, row["step"], row.pop("stop", 0)
-        last = done == self.config.max_steps
-        evaluates = saved or done % runtime.eval_interval == 0 or last
-        loss, best = None, False
-        if evaluates and not stop:
-            with self.clock.paused():
-                loss = self.evaluate(runtime.eval_windows(self.config))
-        if loss is not None:
-            row["val_loss"] = loss
-            best = self.best_val_loss is None or loss < self.best_val_loss
-            self.best_val_loss = loss if best else self.best_val_loss
-        cut_short = evaluates and loss is None
-        unfinished = dict(row) if cut_short else None
-        if not cut_short:
-            if evaluates or done % runtime.log_interval == 0:
-                self._add_speed(row)
-            self._call("on_step", row)
-        with self.clock.paused():
-            if saved:
-                self._call("on_save", done)
-                metadata = self._metadata(loss, unfinished)
-                self.checkpoints.update_metadata(done, metadata, writes=setup.is_main_host())
-            elif stop or cut_short or last or best or self._saves_at(done):
-                if loss is None and not (stop or cut_short):
-                    # The step's loss was that of the parameters before it: check these.
-                    cut_short = self.evaluate(self._micro_batch) is None
-                self.save(done, loss, unfinished)
-            if loss is not None:
-                self._call("on_evaluate", row, best)
-        if stop or cut_short:
-            self.stopped_by = stop or self._signal()
+    def _evaluates_at(self, step: int) -> bool:
+        return step % self.runtime.eval_interval == 0 or step == self.config.max_steps
 
     def _saves_at(self, step: int) -> bool:
-        return step % (self.runtime.save_interval or self.runtime.eval_interval) == 0
+        interval = self.runtime.save_interval or self.runtime.eval_interval
+        return step % interval == 0 or step == self.config.max_steps
+
+    def _end_of_step(self, row: Row, stop: int = 0, *, saved: bool = False) -> None:
+        """Evaluate, report, save and stop, whatever of it is due after a step. `saved`: the
+        checkpoint was written before an earlier stop, and only its evaluation is missing."""
+        step, loss, best, unfinished = row["step"], None, False, None
+        if saved or self._evaluates_at(step):
+            if not stop:
+                with self.clock.paused():
+                    loss = self.evaluate(self.runtime.eval_windows(self.config))
+            if loss is None:  # the evaluation is made up for when the run is resumed
+                unfinished, stop = dict(row), stop or self._signal()
+            else:
+                best = self.best_val_loss is None or loss < self.best_val_loss
+                self.best_val_loss = loss if best else self.best_val_loss
+                row["val_loss"] = loss
+        if not unfinished:
+            self._report(row)
+        with self.clock.paused():
+            if saved:
+                self._call("on_save", step)
+                metadata = self._metadata(loss, unfinished)
+                self.checkpoints.update_metadata(step, metadata, writes=setup.is_main_host())
+            elif stop or best or self._saves_at(step):
+                # The training loss was that of the parameters before the update: check the new
+                # ones by one batch, if they have not been evaluated.
+                if loss is None and not stop and self.evaluate(self._eval_batch_size) is None:
+                    stop = self._signal()
+                self.save(step, loss, unfinished)
+            if loss is not None:
+                self._call("on_evaluate", row, best)
+        self.stopped_by = stop
+
+    def _report(self, row: Row) -> None:
+        if "val_loss" in row or row["step"] % self.runtime.log_interval == 0:
+            self._add_speed(row)
+        self._call("on_step", row)
 
     def _add_speed(self, row: Row) -> None:
-        # Of a step that an earlier process has taken nobody knows.
+        # Not known of a step that an earlier process took.
         timed = row["step"] > self.start.step
         rate = self.clock.steps_per_second(row["step"]) if timed else None
         tokens = self.config.batch_size * self.config.model.block_size

@@ -1,5 +1,5 @@
-"""GPT-2 and its variants in numpy, in float64 and one sequence at a time, written from the papers: what
-the tests compare the network with where there is no PyTorch."""
+"""GPT-2 and its variants in numpy, in float64 and one sequence at a time, written from the papers:
+what the tests compare the network with where there is no PyTorch."""
 
 import math
 

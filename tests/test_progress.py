@@ -23,7 +23,8 @@ def trainer_at(step=0, notes=(), **more):
             train=range(12345), val=range(678), tokenizer=types.SimpleNamespace(kind="char")
         ),
         checkpoints=types.SimpleNamespace(run_dir="a run"),
-        kernels={True: ("xla", "attention dropout"), False: ("cudnn", "flash attention")},
+        train_kernel=("xla", "attention dropout"),
+        eval_kernel=("cudnn", "flash attention"),
         start=types.SimpleNamespace(step=step, notes=list(notes), unfinished=None, origin="new"),
         first_step_seconds=None,
         stopped_by=0,
