@@ -14,7 +14,8 @@ from gptjax.config import ModelConfig
 from gptjax.runtime_config import ComputeConfig
 
 MASKED = -1e30
-"""A score that no query attends to: finite, so that a row of them does not turn into NaN."""
+"""The score of a key that a query must not see; its weight is exactly 0. (Finite, so that no
+difference of two such scores is NaN.)"""
 
 
 def choose(
@@ -31,9 +32,12 @@ def choose(
         (not nvidia, "cuDNN needs an NVIDIA GPU"),
         (nvidia and not ampere, "cuDNN needs compute capability 8.0"),
         (config.dtype != "bfloat16", "cuDNN needs bfloat16"),
-        (config.head_size > 128 or config.head_size % 8 != 0, "cuDNN needs head size 8k <= 128"),
-        (train and config.dropout > 0, "attention dropout"),
-        ("banded" in config.attention_pattern, "banded layers share one compiled block"),
+        (
+            config.head_size > 128 or config.head_size % 8 != 0,
+            "cuDNN needs a head size that is a multiple of 8 up to 128",
+        ),
+        (train and config.dropout > 0, "cuDNN cannot apply our attention dropout"),
+        ("banded" in config.attention_pattern, "cuDNN needs one window for all layers"),
     ]
     reasons = [reason for applies, reason in obstacles if applies]
     if reasons:
@@ -56,7 +60,7 @@ def attend(
         q: [B, H, T, D]; the first query has position `start` [].
         k, v: [B, H, S, D], from position 0; those after a query's position are masked, so it does
             not matter what they hold.
-        window: int32 []: how many tokens back a query sees, itself included; None: all.
+        window: int32 []: how many tokens back a query sees, its own included; None: all.
         dropout: of the attention weights [B, H, T, S].
 
     Returns:
@@ -73,8 +77,8 @@ def attend(
 
 
 def attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The same from position 0, all tokens back, without dropout, in one kernel that never holds
-    all scores (Dao et al., arXiv:2205.14135). bfloat16 [B, H, T, D]."""
+    """`attend` with start 0, no window and no dropout, in one kernel that never holds all scores
+    at once (Dao et al., arXiv:2205.14135). bfloat16 [B, H, T, D]."""
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return y.transpose(0, 2, 1, 3)

@@ -2,7 +2,7 @@
 
 RUN_DIR/checkpoints/STEP holds the arrays, RUN_DIR/checkpoints/STEP.json the metadata (any JSON
 object) with a digest of every array: so damage is found that no file format notices. The metadata
-is written first; a checkpoint counts once Orbax has given its folder its name, all at once.
+is written first; a checkpoint counts once Orbax has renamed its folder to STEP, atomically.
 """
 
 import contextlib
@@ -147,8 +147,8 @@ class Checkpoints:
         return metadata.get("val_loss"), metadata.get("eval_windows")
 
     def save(self, step: int, arrays: dict[str, Any], metadata: dict[str, Any]) -> None:
-        """Start saving named trees of arrays in the background. Waits only for the save before it,
-        and then deletes what is no longer kept.
+        """Start saving named trees of arrays in the background. Waits until they are computed, and
+        for the save before it; then deletes what is no longer kept.
 
         Raises:
             RunError: this save or the one before it failed, for instance on a full disk; or a
@@ -231,7 +231,7 @@ class Checkpoints:
         for step in steps[:-keep]:
             if step in best:
                 continue
-            # First it ceases to be a checkpoint, all at once.
+            # First it ceases to be a checkpoint, atomically.
             folder = self.directory / str(step)
             with contextlib.suppress(Exception):  # of the file system and gcsfs
                 if files.is_remote(folder):
@@ -307,7 +307,7 @@ class Checkpoints:
 
 
 def finished_steps(run_dir: Path) -> list[int]:
-    """Of the checkpoints of a run, in order. Wakes neither Orbax nor JAX."""
+    """Of the checkpoints of a run, in order. Initialises neither Orbax nor JAX's devices."""
     # On a disk a checkpoint gets its name when it is whole, in a bucket this file.
     named = [p for p in run_dir.glob("checkpoints/*") if re.fullmatch("0|[1-9][0-9]{0,9}", p.name)]
     if files.is_remote(run_dir):
@@ -317,7 +317,7 @@ def finished_steps(run_dir: Path) -> list[int]:
 
 def read_record(directory: Path, step: int) -> dict[str, Any]:
     """{"metadata": ..., "digests": {tree: {array: its digest}}} of one checkpoint, also of one that
-    gptjax 0.1 wrote. Wakes neither Orbax nor JAX.
+    gptjax 0.1 wrote. Initialises neither Orbax nor JAX's devices.
 
     Raises:
         Corrupted: it is not what was written.

@@ -20,11 +20,13 @@ TokenizerKind = Literal["char", "gpt2", "sentencepiece"]
 
 
 class Config:
-    """Base of all settings. `given` names the fields that were passed explicitly."""
+    """Base of all settings. `given` names the fields that were passed to the constructor.
+    (`dataclasses.replace` passes all of them, `config_io.change` only those given before or now.)
+    """
 
     given: frozenset[str]
     prefix: ClassVar[str] = ""
-    """Of the field names in messages."""
+    """Of the fields' names, in messages."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
@@ -85,7 +87,7 @@ class ModelConfig(Config):
     attention_pattern: tuple[Literal["dense", "banded"], ...] = ("dense",)
     """Attention per layer, repeated over the depth; GPT-3 alternates dense and banded."""
     attention_window: int = 256
-    """Tokens a banded layer looks back over, itself included."""
+    """Tokens that a banded layer sees, the current one included."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; parameters stay float32. auto: bfloat16 on GPU and TPU, float32 on CPU,
     decided when a run begins and kept from then on."""
@@ -106,7 +108,7 @@ class ModelConfig(Config):
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Per layer, how many tokens back attention reaches, itself included."""
+        """Per layer, how many tokens attention sees, the current one included."""
         reach = {"dense": self.block_size, "banded": min(self.attention_window, self.block_size)}
         pattern = self.attention_pattern
         return tuple(reach[pattern[i % len(pattern)]] for i in range(self.n_layer))
@@ -160,8 +162,8 @@ class DataConfig(Config):
 
     source: str | None = "builtin"
     """builtin (the Python standard library's own source), shakespeare (downloaded once), or a
-    .txt or .jsonl file (field `text`), a folder, or a glob of them. None: not known, the weights
-    were imported."""
+    .txt or .jsonl file (field `text`), a folder, or a glob of them. None: still to be named, as for
+    imported weights."""
     tokenizer: TokenizerKind = "char"
     """char: one token a character; gpt2: GPT-2's byte-pair encoding; sentencepiece: a model
     trained on the text itself."""
@@ -184,7 +186,8 @@ class DataConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Config):
-    """AdamW and its schedule: linear warm-up, cosine decay, clipping (nanoGPT's)."""
+    """AdamW, gradient clipping, and a learning rate with linear warm-up and cosine decay, all as
+    in nanoGPT."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -243,7 +246,9 @@ class TrainConfig(Config):
 
     def problems(self) -> list[str]:
         out = self._check_ints(0, "seed") + self._check_ints(1, "batch_size", "max_steps")
-        return out + ["init_from is empty; name a run"] * (self.init_from == "")
+        if self.init_from == "":
+            out.append("init_from is empty; name a run")
+        return out
 
 
 # -------------------------------------------------------------------------------- presets

@@ -51,13 +51,13 @@ def train(
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     start_devices(config, runtime)
-    # The others find each other anew when the run is resumed.
+    # Not saved: hosts find each other again when the run is resumed.
     runtime = dataclasses.replace(runtime, distributed=DistributedConfig())
     runtime.divide_batch(config, setup.device_count())
     saved = run_metadata.newest_metadata(run_dir)
     config = resume.resolve(config, saved.config if saved else None)
     kernel, why = attention.choose(config.model, runtime.compute, train=True)
-    if runtime.compute.attention == "cudnn" != kernel:
+    if runtime.compute.attention == "cudnn" and kernel != "cudnn":
         raise UserError(f"--attention cudnn does not fit here: {why}")
     if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
         model = dataclasses.replace(config.model, vocab_size=vocab_size)

@@ -49,7 +49,7 @@ class CausalSelfAttention(Part):
         self, x: jax.Array, call: Call, cache: LayerCache, window: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
         """x [N, C] -> ([N, C], or [B, C] with `call.only`; this layer's cache with the T tokens).
-        `window` []: how many tokens back this layer looks, itself included."""
+        `window` []: how many tokens back this layer looks, the current one included."""
         config, b = self.config, call.rows.size
         qkv = self.dense("c_attn", 3 * config.n_embd, use_bias=config.use_qkv_bias)(x)
         qkv = qkv.reshape(b, -1, 3, config.n_head, config.head_size)
@@ -125,6 +125,7 @@ class GPT(Part):
         if config.position == "learned":
             wpe = self.param("wpe", init, (config.block_size, config.n_embd))
         else:
+            assert config.position == "sinusoidal", config.position
             wpe = jnp.asarray(sinusoids(config.block_size, config.n_embd))
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
         call = Call(jnp.arange(b) if rows is None else rows, start)
@@ -172,11 +173,11 @@ class GPT(Part):
                 block = nn.remat(Block, prevent_cse=False)
             elif is_sharded() and self.train:
                 block = nn.remat(Block, prevent_cse=False, policy=saves_no_gathered_weights)
-            # Remat frees nothing in straight-line code: XLA needs the loop.
+            # Remat saves memory only inside a loop: in unrolled code XLA merges the recomputation.
             loops = self.compute.remat or config.n_layer > 12
             scan = nn.scan(
                 block,
-                # Intermediates are there for who asks Flax to capture them.
+                # So that Flax can capture intermediates.
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
@@ -205,7 +206,8 @@ def apply(
     Args:
         tokens: int32 [B, T]. They follow the `cache.length` tokens in the cache.
         cache: from `init_cache`, or from the call before; it must have room for the T tokens.
-        compute: how; resolved for the device ("auto" attention is XLA's here).
+        compute: how to compute it, as `attention.choose` found possible: "cudnn" has no dropout of
+            attention weights and no banded layers. "auto" is XLA here.
         dropout_key: given in training; the mask follows from it and from `rows`.
         rows: int32 [B]: the sequences' numbers in the global batch; None: 0 ... B - 1.
         logits_at: int32 []; only this position's logits are computed, as [B, 1, V].

@@ -40,8 +40,11 @@ def decay_mask(params: Any) -> Any:
 
 
 def optimizer(config: TrainConfig, rate: jax.Array | float = 0.0) -> optax.GradientTransformation:
-    """Clip, then AdamW (arXiv:1711.05101) with this step's learning rate, which is given rather
-    than counted inside: so there is one counter, the train state's."""
+    """Clip, then AdamW (arXiv:1711.05101).
+
+    `rate` is the learning rate of this update (`init` needs none). It is passed in, not computed
+    from a count inside: so there is one step counter, the train state's.
+    """
     opt = config.optimizer
     direction = optax.chain(
         optax.clip_by_global_norm(opt.grad_clip) if opt.grad_clip else optax.identity(),

@@ -21,8 +21,8 @@ from gptjax.run_metadata import CheckpointMetadata
 from gptjax.runtime_config import RuntimeConfig
 from gptjax.train_step import TrainState
 
-NOT_IN_WEIGHTS = {"block_size", "dropout", "dtype"}
-"""What weights do not fix: how long a context they are used with, and how they are computed."""
+NOT_IN_WEIGHTS = {"dropout", "dtype"}
+"""What weights do not fix, besides a context that may be shorter than theirs."""
 
 
 def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
@@ -37,7 +37,7 @@ def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
         if name == "block_size" and given:
             if value > theirs:
                 problems.append(f"model.block_size {value} exceeds the weights' {theirs}")
-        elif name == "block_size" or name not in NOT_IN_WEIGHTS:
+        elif name not in NOT_IN_WEIGHTS:
             if given and value != theirs and value is not None:
                 problems.append(f"model.{name} {value} is not the weights' {theirs}; leave it out")
             fields[name] = theirs
@@ -90,8 +90,8 @@ def resolve(config: TrainConfig, saved: TrainConfig | None = None) -> TrainConfi
     """`config` with everything decided that is left open: by the run that is resumed, whose
     precision and schedule stay what they were, or else by this device and `max_steps`.
 
-    So a run that is made longer goes on at min_lr: as in nanoGPT, and no step that was taken has
-    had another learning rate than it would have had in the longer run.
+    So a run that is extended keeps its schedule and continues at min_lr, as in nanoGPT: no step
+    that was taken would have had another learning rate in the longer run.
     """
     model, optimizer = config.model, config.optimizer
     if saved and model.dtype == "auto":
@@ -110,7 +110,7 @@ def conflicts(saved: CheckpointMetadata, config: TrainConfig, fingerprint: str) 
     new = config_io.flatten(config)
     imported = saved.data_fingerprint is None
     if imported:
-        free = {f"model.{name}" for name in NOT_IN_WEIGHTS - {"block_size"}}
+        free = {f"model.{name}" for name in NOT_IN_WEIGHTS}
         old = {n: v for n, v in old.items() if n.startswith("model.") and n not in free}
     compared = [n for n in old if n not in ("max_steps", "init_from") and not n.startswith("data.")]
     out = [
@@ -236,9 +236,8 @@ def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfi
     """What is otherwise than when the run was saved, or than in a new run here."""
     out = []
     here = setup.resolve_dtype(dataclasses.replace(config.model, dtype="auto")).dtype
-    if saved.config.model.dtype == "auto":
-        pass  # gptjax 0.1 left it open
-    elif config.model.dtype != here:
+    # gptjax 0.1 saved "auto".
+    if saved.config.model.dtype != "auto" and config.model.dtype != here:
         out.append(f"note: the run computes in {config.model.dtype}, as it began; here a new one"
                    f" would in {here}")  # fmt: skip
     kernel, why = attention.choose(config.model, runtime.compute, train=True)
@@ -248,7 +247,8 @@ def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfi
             " same function, up to rounding"
         )
     decay = config.lr_decay_steps
-    if config.optimizer.warmup_steps <= decay < config.max_steps > saved.config.max_steps:
+    extended = config.max_steps > saved.config.max_steps
+    if extended and config.optimizer.warmup_steps <= decay < config.max_steps:
         out.append(f"note: the learning rate's decay ended at step {decay}; the steps after it run"
                    f" at min_lr {config.optimizer.min_lr:g}")  # fmt: skip
     return out

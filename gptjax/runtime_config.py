@@ -80,10 +80,11 @@ class RuntimeConfig(Config):
     log_interval: int = 10
     """Steps between progress lines."""
     eval_interval: int = 250
-    """Steps between evaluations; each is followed by a checkpoint (unless save_interval says
-    otherwise and it is not the best) and a sample."""
+    """Steps between evaluations. Each is followed by a sample, and by a checkpoint if one is due or
+    the loss is the best so far."""
     eval_batches: int = 20
-    """Batches (of batch_size) of fixed validation windows per evaluation."""
+    """Batches per evaluation: eval_batches x batch_size windows of the validation split, always the
+    same."""
     eval_full_split: bool = False
     """Evaluate on the whole validation split, exactly, instead of eval_batches batches."""
     save_interval: int | None = None
@@ -108,7 +109,7 @@ class RuntimeConfig(Config):
 
     dry_run: bool = False
     """Compile the training step, say what it needs of each device's memory and whether that is
-    there, and end. (Where only the text can tell the vocabulary, it is prepared.)"""
+    there, and exit. (Where only the text can tell the vocabulary, it is prepared.)"""
     device_memory: float | None = None
     """Memory of one device, in GiB, for a dry run to compare with (of devices that are not here,
     say). None: what the device has; of a CPU what is free."""

@@ -1,4 +1,4 @@
-"""Sampling: token ids in, token ids out; and above them, text that grows until it ends.
+"""Sampling: token ids in, token ids out; and above them, streaming text.
 
 A prompt is read into a cache (`prefill`), then one token at a time is fed and the next one drawn
 (`decode`). Prompts are padded to a power of two, so that a new length seldom compiles anew; the
@@ -25,7 +25,7 @@ from gptjax.train_step import random_key
 Overflow = Literal["exact", "half", "stop"]
 
 CHUNK = 64
-"""Tokens made between two looks from the host, unless they are streamed one by one."""
+"""Tokens drawn on the device before the host reads them, unless they are streamed one by one."""
 
 SMALLEST_BUCKET = 16
 
@@ -159,7 +159,7 @@ def decode_window(
 
 @functools.cache
 def _compiled() -> tuple[Any, Any, Any]:
-    """The three functions above; made late, because only then it is known what JAX runs on."""
+    """The three functions above; on first use, when it is known what JAX runs on."""
     jit = functools.partial(jax.jit, compiler_options=sampling_compiler_options())
     return (
         jit(prefill, static_argnames=("config", "slots")),
@@ -191,8 +191,8 @@ def generate(
     `max_new_tokens`. Of a prompt longer than the block the last block_size tokens count.
 
     Past block_size, `overflow` "exact" goes on as an uncached model that sees the last block_size
-    tokens would; "half" drops the older half of the block and reads the rest anew (fast, and the
-    same while it fits); "stop" ends there.
+    tokens would; "half" drops the older half of the block and reads the rest anew (fast; identical
+    to "exact" until the block is full); "stop" ends there.
     """
     prefill, decode, decode_window = _compiled()
     key = random_key(seed)

@@ -25,7 +25,7 @@ class TrainFlags(Config):
     """
 
     print_config: bool = False
-    """Print all settings as JSON, and end."""
+    """Print all settings as JSON, and exit."""
 
 
 DEFAULTS = [TrainFlags(), TrainConfig(), RuntimeConfig()]
@@ -54,7 +54,7 @@ def main(argv: list[str], prog: str) -> None:
         step = trainer.checkpoints.latest_step
         kept = "before the first step" if step is None else f"saved step {step}"
         resume = program.command("train", "--run-dir", trainer.checkpoints.run_dir)
-        with contextlib.suppress(OSError):  # whoever reads it, or not
+        with contextlib.suppress(OSError):  # stdout may be closed
             print(f"stopped; {kept}. Resume: {resume}", flush=True)
         sys.exit(128 + trainer.stopped_by)
 

@@ -26,9 +26,9 @@ def batch_at(
     block_size: int,
     rows: slice = slice(None),
 ) -> np.ndarray:
-    """int32 [batch_size, block_size + 1]: windows at random positions, a pure function of (seed,
-    step). A window's first block_size tokens are the input, its last block_size the targets. Only
-    `rows` of the batch are read and returned: one host's share.
+    """int32 [batch_size, block_size + 1], or `rows` of it: windows at random positions, a pure
+    function of (seed, step). A window's first block_size tokens are the input, its last block_size
+    the targets. Only `rows` of the batch are read and returned: one host's share.
 
     Philox is a counter-based generator (Salmon et al. 2011), so step 1000 costs what step 0 does;
     numpy guarantees its raw stream, so batches are the same on every machine and numpy version.
