@@ -126,10 +126,10 @@ def test_tests_and_files_that_are_named_exist():
             assert any((ROOT / at / name).is_file() for at in ("gptjax", ".")), f"{page}: {name}"
 
 
-def test_the_readme_is_short_and_names_every_room():
+def test_the_readme_is_short_and_names_every_module():
     readme = PAGES["README.md"]
     assert len(readme.splitlines()) <= 180
-    rooms = readme[readme.index("## The rooms") :]
+    rooms = readme[readme.index("## The modules") :]
     named = set(re.findall(r"`(\w+)/?`", rooms))
     package = ROOT / "gptjax"
     modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
