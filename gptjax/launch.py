@@ -68,7 +68,7 @@ def train(
         memory.dry_run(config, runtime)
         return None
     try:
-        with contextlib.closing(_lock(run_dir, config, dataset)):
+        with contextlib.closing(_lock(run_dir, config, runtime, dataset)):
             return _train_in(run_dir, config, runtime, dataset, callbacks, stop)
     except OSError as error:
         raise RunError(f"{error.filename or run_dir}: {error.strerror or error}") from error
@@ -133,12 +133,14 @@ def open_data(
     return dataclasses.replace(config, model=model, data=data), dataset
 
 
-def _lock(run_dir: Path, config: TrainConfig, dataset: Dataset) -> RunLock:
+def _lock(run_dir: Path, config: TrainConfig, runtime: RuntimeConfig, dataset: Dataset) -> RunLock:
     """The run directory, made and locked for this process; all hosts agree that it is one folder,
     and on what is to be done there."""
     data = dataclasses.replace(config.data, dir=None)
     anywhere = dataclasses.replace(config, init_from=None, data=data)
-    if not hosts.all_equal(repr(config_io.flatten(anywhere)) + dataset.fingerprint):
+    # The runtime too: a host that evaluates at other steps would wait for the others forever.
+    settings = config_io.run_settings_json(anywhere, runtime)
+    if not hosts.all_equal(settings + dataset.fingerprint):
         raise UserError("the hosts have different settings or data; start the same command on all")
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = RunLock(run_dir)

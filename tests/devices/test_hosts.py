@@ -276,8 +276,9 @@ def test_a_run_in_use_is_refused_on_every_host(tmp_path, text_file, cache_dir):
 
 
 @pytest.mark.slow
-def test_hosts_with_different_settings_are_refused(tmp_path, text_file, cache_dir):
-    processes = start_hosts(2, tmp_path, cache_dir, *FLAGS, each=[[], ["--seed", "5"]])
+@pytest.mark.parametrize("flag", ["--seed", "--eval-interval"])
+def test_hosts_with_different_settings_are_refused(tmp_path, text_file, cache_dir, flag):
+    processes = start_hosts(2, tmp_path, cache_dir, *FLAGS, each=[[], [flag, "5"]])
     for result in map(finish, processes):
         assert result.returncode in (1, 2) and len(result.stderr.splitlines()) == 1
         assert "different settings" in result.stderr or "another host has" in result.stderr
