@@ -6,10 +6,13 @@ values when they are made; `config_io` reads them from flags, JSON and Python fi
 """
 
 import dataclasses
+import functools
 import sys
+import typing
 from typing import Any, ClassVar, Literal, Self
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, quoted
+from gptjax.setting_types import expected, fits
 
 INT_LIMIT = 2**31
 """Whole numbers are int32 on devices: settings must be below this."""
@@ -35,7 +38,14 @@ class Config:
         return self
 
     def __post_init__(self) -> None:
-        if problems := self.problems():
+        wrong = []
+        for name, kind in _types(type(self)).items():  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if not fits(value, kind):
+                wrong.append(f"{self.prefix}{name} is {quoted(value)}; expected {expected(kind)}")
+            elif isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if problems := wrong or self.problems():
             raise ConfigError(problems)
 
     def problems(self) -> list[str]:
@@ -50,6 +60,12 @@ class Config:
         return out + [
             f"{name} {v} must be below {INT_LIMIT}" for name, v in values.items() if v >= INT_LIMIT
         ]
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @dataclasses.dataclass(frozen=True)

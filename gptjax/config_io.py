@@ -6,16 +6,16 @@ import json
 import operator
 import re
 import runpy
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from gptjax import files, first_edition
 from gptjax.config import TrainConfig
 from gptjax.errors import ConfigError, UserError, quoted
 from gptjax.runtime_config import RuntimeConfig
+from gptjax.setting_types import expected, fits
 
 C = TypeVar("C")
 
@@ -159,32 +159,6 @@ def near_miss(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def expected(kind: Any) -> str:
-    """What the values of a type are, in words."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return " or ".join(map(repr, args))
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(map(expected, args))
-    if origin is tuple:
-        return f"any number of {expected(args[0])}"
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
-    return words.get(kind, "None")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return isinstance(value, str) and value in args
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, arg) for arg in args)
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(item, args[0]) for item in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
 def _from_dicts(parts: Sequence[tuple[Any, Any]], where: str) -> list[Any]:
     """Of each (class, fields) an instance; the problems of all are raised together."""
     out: list[Any] = []
@@ -202,7 +176,7 @@ def _from_dicts(parts: Sequence[tuple[Any, Any]], where: str) -> list[Any]:
                 problems.append(f"{name or 'it'} is {quoted(value)}; expected an object")
             elif kind is None:
                 problems.append(f"unknown setting {name}{near_miss(name, known)}")
-            elif _fits(value, kind):
+            elif fits(value, kind):
                 values[name] = tuple(value) if isinstance(value, list) else value
             else:
                 problems.append(f"{name} is {quoted(value)}; expected {expected(kind)}")

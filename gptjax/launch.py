@@ -55,7 +55,9 @@ def train(
     runtime = dataclasses.replace(runtime, distributed=DistributedConfig())
     runtime.divide_batch(config, setup.device_count())
     saved = run_metadata.newest_metadata(run_dir)
-    config = resume.resolve(config, saved.config if saved else None)
+    # Imported weights have no schedule of their own: theirs begins here.
+    trained = saved is not None and saved.data_fingerprint is not None
+    config = resume.resolve(config, saved.config if saved and trained else None)
     kernel, why = attention.choose(config.model, runtime.compute, train=True)
     if runtime.compute.attention == "cudnn" and kernel != "cudnn":
         raise UserError(f"--attention cudnn does not fit here: {why}")

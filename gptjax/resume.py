@@ -77,6 +77,11 @@ def adopt_weights(config: TrainConfig, run_dir: str) -> tuple[TrainConfig, Token
     if origin:
         changes |= {"init_from": origin, "model": adopt(config.model, metadata.config.model)}
     if origin or metadata.data_fingerprint is None:
+        if "tokenizer" in config.data.given and config.data.tokenizer != tokenizer.kind:
+            raise UserError(
+                f"data.tokenizer {config.data.tokenizer} is not the weights' {tokenizer.kind};"
+                " leave it out"
+            )
         changes["data"] = dataclasses.replace(config.data, tokenizer=tokenizer.kind)
     return dataclasses.replace(config, **changes), tokenizer
 
@@ -247,7 +252,7 @@ def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfi
             " same function, up to rounding"
         )
     decay = config.lr_decay_steps
-    extended = config.max_steps > saved.config.max_steps
+    extended = saved.data_fingerprint and config.max_steps > saved.config.max_steps
     if extended and config.optimizer.warmup_steps <= decay < config.max_steps:
         out.append(f"note: the learning rate's decay ended at step {decay}; the steps after it run"
                    f" at min_lr {config.optimizer.min_lr:g}")  # fmt: skip

@@ -28,7 +28,7 @@ Text = str | Sequence[int] | np.ndarray
 """A text, or token ids [T] or [B, T]."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A model with its tokenizer. Its weights are read-only; training goes on by `gptjax.train`."""
 

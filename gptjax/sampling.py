@@ -255,9 +255,10 @@ class GrowingText:
             new, self.ended = new[: new.index(self._eot)], True
         self._ids += new
         self.text = self._tokenizer.decode(self._ids)
-        ends = [end for stop in self._stops if (end := self.text.find(stop)) >= 0]
-        if ends:
-            self.text, self.ended = self.text[: min(ends)], True
+        found = [(at + len(s), at) for s in self._stops if (at := self.text.find(s)) >= 0]
+        if found:
+            # The stop that was complete first: so it does not matter how many tokens come at once.
+            self.text, self.ended = self.text[: min(found)[1]], True
 
     def take(self) -> str:
         """What has come since the last call and cannot change any more: no incomplete character,

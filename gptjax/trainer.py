@@ -41,7 +41,8 @@ class Callback:
 
     def on_step(self, trainer: "Trainer", row: Row) -> None:
         """A step is done, and evaluated if that was due. (Unless it was, the devices are working on
-        the next step already.) Before the first step, called once with `step` 0 and `val_loss`."""
+        the next step already.) Before the first step, called once with `step` 0, `val_loss` and no
+        other numbers (None)."""
 
     def on_evaluate(self, trainer: "Trainer", row: Row, best: bool) -> None:
         """`row` has a `val_loss`; a checkpoint, if one is due, has been started."""
@@ -213,7 +214,8 @@ class Trainer:
             self.stopped_by = self._signal()
             return
         self.best_val_loss = loss
-        row = {"step": 0, "val_loss": loss, "seconds": 0.0}
+        row: Row = dict.fromkeys(("train_loss", "grad_norm", "learning_rate"))
+        row |= {"step": 0, "val_loss": loss, "seconds": 0.0}
         self._call("on_step", row)
         self._call("on_evaluate", row, False)
 

@@ -86,7 +86,7 @@ FITS = ModelConfig(2, 2, 128, vocab_size=9, dtype="bfloat16", dropout=0.1)
         ({"dtype": "float32"}, device(), False, "bfloat16"),
         ({"n_embd": 264}, device(), False, "head size"),
         ({"n_embd": 24}, device(), False, "head size"),
-        ({"attention_pattern": ("dense", "banded")}, device(), False, "banded"),
+        ({"attention_pattern": ("dense", "banded")}, device(), False, "one window"),
     ],
 )
 def test_cudnn_is_chosen_only_where_it_computes_the_model(monkeypatch, changes, where, train, why):

@@ -293,11 +293,11 @@ def test_any_flipped_bit_is_named_or_harmless(copied):
     draw, refused = np.random.default_rng(0), 0
     for path in files_of(copied):
         content = path.read_bytes()
-        for _ in range(6):
+        for _ in range(4):
             damage(path, "flipped", int(draw.integers(8 * len(content))))
             refused += is_refused(copied)
             path.write_bytes(content)
-    assert refused > 20 and not is_refused(copied)
+    assert refused > 15 and not is_refused(copied)
 
 
 RECORD = {"val_loss": 1.5, "eval_windows": 8}

@@ -39,6 +39,9 @@ def by_hand(logits, weights, enough):
 
 
 @example(np.array([[-0.0, 0.0, -1.0, 0.5]] * 2, "f4"), 2, False)
+@example(
+    np.array([[1.0, np.nextafter(np.float32(1), np.float32(2)), 0.5, 0.0]] * 2, "f4"), 1, False
+)
 @example(np.array([[1e30, -1e30, 1e-38, -1e-38]] * 2, "f4"), 3, False)
 @given(
     npst.arrays(np.float32, (2, 4), elements=LOGITS),

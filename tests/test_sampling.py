@@ -9,7 +9,7 @@ import numpy as np
 import numpy_gpt
 import pytest
 import scipy.stats
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_models import random_params
 
@@ -21,10 +21,10 @@ from gptjax.decode_layout import unstack
 from gptjax.devices.cpu import sampling_compiler_options
 from gptjax.sampling import GrowingText, Sampling, generate
 
-CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=32, vocab_size=61, bias=False)
+CONFIG = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=32, vocab_size=61, bias=False)
 MIXED = dataclasses.replace(
-    CONFIG, attention_pattern=("dense", "banded"), attention_window=5, position="sinusoidal",
-    tied_head=False,
+    CONFIG, n_layer=2, attention_pattern=("dense", "banded"), attention_window=5,
+    position="sinusoidal", tied_head=False,
 )  # fmt: skip
 
 
@@ -38,11 +38,11 @@ def params_of(config):
     return jax.tree_util.tree_map_with_path(near_one, random_params(config, scale=0.7))
 
 
-def run(prompt, count, config=CONFIG, settings=Sampling(0.0), params=None, **other):
+def run(prompt, count, config=CONFIG, how=Sampling(0.0), params=None, **other):
     """int [num_samples, n]."""
     params = params_of(config) if params is None else params
     return np.concatenate(
-        list(generate(params, np.array(prompt), count, config, settings, **other)), axis=1
+        list(generate(params, np.array(prompt), count, config, how, **other)), axis=1
     )
 
 
@@ -59,13 +59,14 @@ def test_greedy_tokens_are_an_uncached_models_past_the_block(length):
 
 
 def test_banded_unstacked_sinusoidal_models_decode_alike():
-    expected = numpy_gpt.greedy(MIXED, params_of(MIXED), prompt_of(9), 40)
+    expected = numpy_gpt.greedy(MIXED, params_of(MIXED), prompt_of(9), 24)
+    assert len(set(expected)) > 3
     params = unstack(params_of(MIXED), MIXED)
-    assert run(prompt_of(9), 40, MIXED, params=params)[0].tolist() == expected
+    assert run(prompt_of(9), 24, MIXED, params=params)[0].tolist() == expected
 
 
 def test_samples_do_not_depend_on_chunks_or_their_number():
-    random = functools.partial(run, [1, 2], 45, settings=Sampling(1.0, 20, 0.9))
+    random = functools.partial(run, [1, 2], 45, how=Sampling(1.0, 20, 0.9))
     samples = [random(num_samples=3, chunk=chunk) for chunk in (1, 7, 64)]
     assert samples[0].shape == (3, 45) and samples[0].dtype == np.int32
     assert np.array_equal(samples[0], samples[1]) and np.array_equal(samples[0], samples[2])
@@ -99,15 +100,16 @@ def test_pieces_are_as_long_as_the_chunk_says():
 
 
 def test_lengths_in_a_bucket_and_all_settings_share_programs(caplog):
-    run(prompt_of(3), 45, num_samples=3)
+    config = dataclasses.replace(CONFIG, block_size=256)
+    run(prompt_of(3), 45, config)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         for length, temperature, k, p, seed, new in [
-            (4, 0.5, 0, 1.0, 1, 41), (9, 1.0, 5, 0.5, 2, 50), (16, 2.0, 1, 0.1, 3, 38),
+            (4, 0.5, 0, 1.0, 1, 33), (9, 1.0, 5, 0.5, 2, 64), (16, 2.0, 1, 0.1, 3, 38),
         ]:  # fmt: skip
-            settings = Sampling(temperature, k, p)
-            run(prompt_of(length), new, settings=settings, seed=seed, chunk=10, num_samples=3)
+            how = Sampling(temperature, k, p)
+            run(prompt_of(length), new, config, how, seed=seed, chunk=10)
         assert not [r.message for r in caplog.records if "Compiling" in r.message]
-        run(prompt_of(17), 5, num_samples=3)  # of another bucket
+        run(prompt_of(33), 5, config)  # of another bucket
         assert any("Compiling" in record.message for record in caplog.records)
 
 
@@ -136,6 +138,7 @@ def kept_by_hand(logits, temperature, k, p):
     return kept & (weights >= least)
 
 
+@settings(max_examples=50)
 @example(0.125, 4, 1.0, 1)
 @example(1.0, 0, 0.9, 1)
 @example(1.0, 100, 1.0, 1)
@@ -154,12 +157,13 @@ def test_filters_keep_what_sorting_keeps(vocabulary, temperature, k, p, seed):
 
 
 def test_equally_likely_tokens_stay_or_go_together():
-    def kept(logits, settings):
-        return (np.asarray(filter_logits(np.array([logits], "f4"), settings)) > MASKED)[0].tolist()
+    def kept(logits, how):
+        return (np.asarray(filter_logits(np.array([logits], "f4"), how)) > MASKED)[0].tolist()
 
     assert kept([1.0, 3.0, 3.0, 2.0], Sampling(1.0, 1)) == [False, True, True, False]
     assert kept([-0.0, 0.0, -1.0], Sampling(1.0, 1)) == [True, True, False]
     assert kept([0.0, 0.0, 0.0], Sampling(1.0, 0, 0.2)) == [True, True, True]
+    assert kept([1.0, 3.0, 2.0], Sampling(0.0, 2)) == [False, True, True]
 
 
 def test_a_flat_vocabulary_of_gpt2s_size_is_summed_up_well():
@@ -226,12 +230,11 @@ def grown(tokenizer, text, cut, **options):
 
 @given(st.text("abc ", max_size=30), st.lists(st.text("abc ", min_size=1, max_size=4), max_size=3),
        st.integers(1, 7))  # fmt: skip
+@example("a a", [" ", "a a"], 1)
 def test_text_ends_before_the_first_stop_however_it_comes(text, stops, cut):
-    ends = [text.find(stop) for stop in stops if stop in text]
-    expected = text[: min(ends, default=len(text))]
+    complete = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     found, pieces = grown(LETTERS, text, cut, stops=stops)
-    if cut == 1:  # else a later token of the same piece may complete an earlier stop
-        assert found == expected
+    assert found == text[: min(complete, default=(0, len(text)))[1]]
     assert found == "".join(pieces)
     assert not any(stop in found for stop in stops)
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 from small_models import random_params
 
-from gptjax import model, optim, train_step
+from gptjax import optim, train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.runtime_config import ComputeConfig
 from gptjax.train_step import whole_batch
@@ -103,13 +103,12 @@ def test_micro_batches_are_the_whole_batch_in_pieces(whole_step):
     assert_close(after, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_differs_by_step_and_seed_and_repeats():
-    def loss_at(count, config=CONFIG):
-        return float(step(state_at(count), whole_batch(WINDOWS[None]), config)[1]["train_loss"])
+def test_dropout_differs_by_step_and_repeats():
+    def loss_at(count):
+        return float(step(state_at(count), whole_batch(WINDOWS[None]), CONFIG)[1]["train_loss"])
 
     assert loss_at(0) == loss_at(0)
-    other = dataclasses.replace(CONFIG, seed=4)
-    assert len({loss_at(0), loss_at(1), loss_at(1000), loss_at(0, other), loss_at(1, other)}) == 5
+    assert len({loss_at(0), loss_at(1), loss_at(1000)}) == 3
 
 
 @pytest.mark.parametrize(("unroll", "loops"), [(0, False), (1, True)])
@@ -129,13 +128,18 @@ def test_settings_of_the_computation_reach_the_network(unroll, loops):
 # -------------------------------------------------------------------------- the beginning
 
 
-def test_initial_state_is_the_seeds_and_counts_nothing():
-    state = jax.jit(train_step.init_state, static_argnums=0)(CONFIG)
-    expected = jax.jit(model.init, static_argnums=0)(MODEL, jax.random.key(3, impl="threefry2x32"))
-    assert_close(state.params, expected, rtol=1e-6)
+def test_initial_state_is_the_seeds_and_counts_nothing(monkeypatch):
+    # Weights that say of which model and key they are.
+    def init(config, key):
+        return {"wte": jax.random.key_data(key) + jnp.float32(config.n_layer)}
+
+    monkeypatch.setattr(train_step, "init", init)
+    state = train_step.init_state(CONFIG)
+    key = jax.random.key_data(jax.random.key(3, impl="threefry2x32"))
+    assert np.array_equal(state.params["wte"], key + jnp.float32(1))
     count, mu, nu = optim.adam_parts(state.opt_state)
     assert (int(state.step), int(count)) == (0, 0) and state.step.dtype == np.int32
-    assert not any(x.any() for x in jax.tree.leaves((mu, nu)))
+    assert not mu["wte"].any() and not nu["wte"].any()
 
 
 def test_keys_do_not_depend_on_jaxs_default_kind():

@@ -43,12 +43,12 @@ def main(argv: list[str], prog: str) -> None:
 def describe(run_dir: Path) -> tuple[str, ...]:
     """What stands under TITLES. "-": not known; "damaged": the file that says it is."""
     from gptjax import metrics  # imports JAX, which printing the help does not need
+    from gptjax.checkpoint import finished_steps
 
     step = loss = parameters = "-"
     checkpoints = run_dir / "checkpoints"
     if checkpoints.is_dir():
-        steps = [int(path.name) for path in checkpoints.iterdir() if path.name.isdigit()]
-        step = str(max(steps, default="-"))
+        step = str(max(finished_steps(run_dir), default="-"))
     try:
         if (run_dir / "metrics.jsonl").exists():
             rows = metrics.read(run_dir / "metrics.jsonl")

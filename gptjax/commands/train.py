@@ -73,7 +73,9 @@ def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfi
     rest = [argument for argument in argv if argument not in asked]
     named, given, problems = flags.read(DEFAULTS, rest, prog, "[CONFIG]", first_edition.RENAMED)
     if named and terminal.is_run(files.path(named[0])):
-        given["run_dir"] = named.pop(0)
+        run = named.pop(0)
+        if given.setdefault("run_dir", run) != run:
+            raise UserError(f"two runs are named: {run} and --run-dir {given['run_dir']}")
     folder, origin, runtime = given.get("run_dir"), given.get("init_from"), RuntimeConfig()
     if named:
         name, (config, runtime) = Path(named[0]).stem, config_io.load_config(named[0])
