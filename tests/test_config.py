@@ -1,6 +1,7 @@
 """Settings check their values when they are made, and know what was given."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -69,3 +70,27 @@ def test_flops_per_token_follow_palms_appendix_b():
 )
 def test_presets_have_the_published_sizes(name, millions):
     assert round(PRESETS[name].num_parameters() / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: OptimizerConfig(warmup_steps=1e1),
+            "warmup_steps is 10.0; expected a whole number",
+        ),
+        (lambda: ModelConfig(gelu="relu"), "model.gelu is 'relu'; expected 'tanh' or 'erf'"),
+        (lambda: ModelConfig(n_layer="3"), "model.n_layer is '3'; expected a whole number"),
+        (lambda: ModelConfig(bias=1), "model.bias is 1; expected True or False"),
+        (lambda: TrainConfig(model={"n_layer": 2}), "model is {'n_layer': 2}"),
+        (lambda: RuntimeConfig(strategy="ddp"), "strategy is 'ddp'; expected 'pmap' or 'fsdp'"),
+    ],
+)
+def test_values_of_another_type_are_refused_when_made(make, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make()
+
+
+def test_a_list_becomes_a_tuple():
+    config = ModelConfig(attention_pattern=["dense", "banded"])
+    assert config.attention_pattern == ("dense", "banded") and hash(config)

@@ -15,7 +15,7 @@ from tiny_runs import Recorder
 import gptjax
 from gptjax import config_io, metrics, resume, run_metadata
 from gptjax.checkpoint import Checkpoints
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, OptimizerConfig
 from gptjax.data import token_files
 from gptjax.data.batches import windows_over
 from gptjax.devices import setup
@@ -251,6 +251,26 @@ def test_a_given_setting_is_kept_though_it_equals_a_default(given, words):
     assert ModelConfig(**given) == ModelConfig()
     with pytest.raises(UserError, match=words):
         resume.adopt(ModelConfig(**given), ARCHITECTURE)
+
+
+def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete):
+    """Their settings are defaults that nobody has chosen: max_steps 2000, say."""
+    with Checkpoints(complete) as checkpoints:
+        step = checkpoints.latest_step
+        saved = run_metadata.read(checkpoints, step)
+        longer = dataclasses.replace(saved.config, max_steps=2000, optimizer=OptimizerConfig())
+        imported = dataclasses.replace(saved, config=longer, data_fingerprint=None)
+        checkpoints.update_metadata(step, imported.to_dict(), writes=True)
+    trainer = train_tiny(config_io.change(tiny.config, {"max_steps": 14}), complete).trainer
+    assert trainer.config.lr_decay_steps == 14 and trainer.start.origin.startswith("imported")
+    assert trainer.start.notes == []
+
+
+def test_a_given_tokenizer_must_be_the_weights(tiny):
+    config = config_io.change(tiny.config, {"init_from": str(tiny.run_dir)})
+    given = config_io.change(config, {"data.tokenizer": "gpt2", "model.vocab_size": None})
+    with pytest.raises(UserError, match="data.tokenizer gpt2 is not the weights' char"):
+        resume.adopt_weights(given, "nowhere")
 
 
 FIRST_EDITION_TEXT = "MUcO : ir:"

@@ -305,3 +305,9 @@ def test_a_config_file_resumes_its_run_and_its_text(gptjax, text_file, tmp_path)
     for said in ("(new)", "complete at step 2"):
         assert said in gptjax("train", "own.py")
     assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_two_names_for_a_run_are_refused(copy, tmp_path):
+    with pytest.raises(UserError, match="two runs are named: run and --run-dir other"):
+        settings(tmp_path, "run", "--run-dir", "other")
+    assert settings(tmp_path, "run", "--run-dir", "run")[1].run_dir == "run"
