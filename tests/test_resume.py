@@ -269,7 +269,7 @@ def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete):
 def test_a_given_tokenizer_must_be_the_weights(tiny):
     config = config_io.change(tiny.config, {"init_from": str(tiny.run_dir)})
     given = config_io.change(config, {"data.tokenizer": "gpt2", "model.vocab_size": None})
-    with pytest.raises(UserError, match="data.tokenizer gpt2 is not the weights' char"):
+    with pytest.raises(UserError, match=r"data\.tokenizer gpt2 is not the weights' char"):
         resume.adopt_weights(given, "nowhere")
 
 
