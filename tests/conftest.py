@@ -13,6 +13,7 @@ import pytest
 import tiny_runs
 
 import gptjax
+from gptjax.devices import cpu
 
 # No run of the tests may depend on luck, and times vary by half on a busy machine.
 hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True)
@@ -21,6 +22,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the tests' time, and their networks are tiny. What XLA makes of them with its
 # optimisations is tested by the commands that tests start.
 jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__[:2] == (0, 10):  # XLA does not start with a flag that it does not know
+    cpu.add_xla_flag("--xla_cpu_use_fusion_emitters=false")  # which take half of that time
 # A shell ignores Ctrl-C for what it starts in the background, nohup SIGHUP; what the tests start
 # would inherit that, and respect it.
 for _number in (signal.SIGINT, signal.SIGHUP):
