@@ -295,9 +295,9 @@ def startup(jobs: list[Job], options: BenchFlags, deadline: float) -> list[Row]:
     """Whole processes that evaluate 20 batches, take two steps, evaluate again and save: ours with
     a filled and with an empty compilation cache, and nanoGPT's way."""
     job, others = jobs[0], [job.side for job in jobs[1:]]
-    config = dataclasses.replace(job.config, max_steps=2)
-    runtime = dataclasses.replace(
-        job.runtime, eval_batches=20, eval_full_split=False, eval_interval=1000,
+    config = job.config.replace(max_steps=2)
+    runtime = job.runtime.replace(
+        eval_batches=20, eval_full_split=False, eval_interval=1000,
         save_interval=None, sample_tokens=0, dry_run=False,
     )  # fmt: skip
     seen: dict[str, list[dict]] = {side: [] for side in ("gptjax", "gptjax, cold", *others)}
@@ -331,8 +331,8 @@ def scaling(job: Job, most: int, options: BenchFlags, deadline: float) -> list[R
     batch, steps = job.config.batch_size, job.runtime.gradient_accumulation_steps
     for n in [2**i for i in range(most.bit_length())]:
         if not on_cpu or batch % (n * steps) == 0:
-            config = dataclasses.replace(job.config, batch_size=batch if on_cpu else batch * n)
-            runtime, side = dataclasses.replace(job.runtime, num_devices=n), f"gptjax x {n}"
+            config = job.config.replace(batch_size=batch if on_cpu else batch * n)
+            runtime, side = job.runtime.replace(num_devices=n), f"gptjax x {n}"
             jobs.append(dataclasses.replace(job, side=side, config=config, runtime=runtime))
     together = [jobs] if on_cpu else [[one] for one in jobs]
     rows = [row for group in together for row in measure(group, options, deadline)]
@@ -354,11 +354,11 @@ def settings(argv: Sequence[str], prog: str) -> tuple[BenchFlags, list[Job]]:
         flags.show_help(defaults, prog, modes)
     named, given, problems = flags.read(defaults, argv, prog, modes)
     config, runtime = config_io.load_config(given.get("config", BenchFlags.config))
-    runtime = dataclasses.replace(runtime, gradient_accumulation_steps=1)
+    runtime = runtime.replace(gradient_accumulation_steps=1)
     options, config, runtime = flags.apply([BenchFlags(), config, runtime], given, problems, prog)
     sizes = {"gpt2": 50257, "char": 65, "sentencepiece": config.data.sentencepiece_vocab_size}
     vocab_size = config.model.vocab_size or sizes[config.data.tokenizer]
-    config = config_io.change(config, {"init_from": None, "model.vocab_size": vocab_size})
+    config = config.replace({"init_from": None, "model.vocab_size": vocab_size})
     runtime.divide_batch(config, 1)
     mode: Any = named[0]
     others = {"none": [], "hf": ["hf with cache"], "torch": ["torch"]}[options.against]
@@ -481,7 +481,7 @@ def run(options: BenchFlags, jobs: list[Job], folder: Path) -> dict[str, Any]:
     """
     deadline, config, runtime = time.monotonic() + CALL_SECONDS, jobs[0].config, jobs[0].runtime
     write_data(folder / "data", config.model.vocab_size or 0)
-    config = config_io.change(config, {"data.dir": str(folder / "data")})
+    config = config.replace({"data.dir": str(folder / "data")})
     job = dataclasses.replace(jobs[0], config=config, folder=str(folder))
     facts = {job.side: ceilings(job, deadline)}
     ours, kind = facts[job.side], facts[job.side]["platform"]
@@ -490,8 +490,8 @@ def run(options: BenchFlags, jobs: list[Job], folder: Path) -> dict[str, Any]:
     # The other side must not choose another kind of device, or another precision.
     if config.model.dtype == "auto":
         dtype = "float32" if kind == "cpu" else "bfloat16"
-        config = config_io.change(config, {"model.dtype": dtype})
-    runtime = dataclasses.replace(runtime, device=kind)
+        config = config.replace({"model.dtype": dtype})
+    runtime = runtime.replace(device=kind)
     jobs = [dataclasses.replace(job, side=x.side, config=config, runtime=runtime) for x in jobs]
     facts |= {other.side: ceilings(other, deadline) for other in jobs[1:2]}
     if job.mode == "startup":

@@ -1,6 +1,5 @@
 """gptjax's side of the benchmark, in a process of its own."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -43,10 +42,10 @@ class TakeTurns(Callback):
 def train(job: Job, turns: Turns) -> None:
     """Steps of training, by all that train_jax.py runs: data from a file, metrics.jsonl, progress
     lines; but one evaluation, before the first turn, and no checkpoint."""
-    optimizer = dataclasses.replace(job.config.optimizer, lr_decay_steps=job.config.lr_decay_steps)
-    config = dataclasses.replace(job.config, optimizer=optimizer, max_steps=FOREVER)
-    runtime = dataclasses.replace(
-        job.runtime, run_dir=f"{job.folder}/{job.side}", eval_interval=FOREVER, eval_batches=1,
+    optimizer = job.config.optimizer.replace(lr_decay_steps=job.config.lr_decay_steps)
+    config = job.config.replace(optimizer=optimizer, max_steps=FOREVER)
+    runtime = job.runtime.replace(
+        run_dir=f"{job.folder}/{job.side}", eval_interval=FOREVER, eval_batches=1,
         save_interval=None, eval_full_split=False, sample_tokens=0, dry_run=False,
     )  # fmt: skip
     callbacks = [MetricsLog(), ProgressDisplay(), TakeTurns(turns)]

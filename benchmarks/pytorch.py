@@ -4,7 +4,6 @@ with fused attention and AdamW, or Hugging Face's GPT-2 with its cache.
 python -m benchmarks.pytorch RUN_DIR trains a whole small run, for `startup`.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,7 @@ class Training:
         torch.manual_seed(config.seed)
         torch.set_float32_matmul_precision("high")  # TF32 on CUDA
         # nanoGPT pads the vocabulary as we do: an odd size is slow on a GPU.
-        padded = dataclasses.replace(config.model, vocab_size=config.model.padded_vocab_size)
+        padded = config.model.replace(vocab_size=config.model.padded_vocab_size)
         model = torch_gpt.TorchGPT(padded, fused=True).to(self.device)
         torch_gpt.initialise(model)
         self.model: Any = torch.compile(model) if compiled else model

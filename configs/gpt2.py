@@ -3,13 +3,11 @@
 For another size change "gpt2" to a name in gptjax.config.PRESETS (gpt2-xl, gpt3-13b, ...).
 """
 
-import dataclasses
-
 from gptjax.config import PRESETS, DataConfig, OptimizerConfig, TrainConfig
 from gptjax.runtime_config import RuntimeConfig
 
 config = TrainConfig(
-    model=dataclasses.replace(PRESETS["gpt2"], bias=False, vocab_multiple=64),
+    model=PRESETS["gpt2"].replace(bias=False, vocab_multiple=64),
     data=DataConfig(source=None, tokenizer="gpt2", val_fraction=0.001),
     optimizer=OptimizerConfig(learning_rate=6e-4, min_lr=6e-5, warmup_steps=2000, beta2=0.95),
     batch_size=480,  # x 1024 tokens: the half million of GPT-3's smallest model

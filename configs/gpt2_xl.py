@@ -3,14 +3,12 @@
 One accelerator of 16 GiB cannot hold its state; eight share it.
 """
 
-import dataclasses
-
 from gptjax.config import PRESETS, DataConfig, OptimizerConfig, TrainConfig
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 config = TrainConfig(
     # An embedding whose size suits matrix units.
-    model=dataclasses.replace(PRESETS["gpt2-xl"], vocab_multiple=128),
+    model=PRESETS["gpt2-xl"].replace(vocab_multiple=128),
     data=DataConfig(source=None, tokenizer="gpt2", val_fraction=0.001),
     # GPT-2's learning rate was not published; this is GPT-3 XL's.
     optimizer=OptimizerConfig(learning_rate=2e-4, min_lr=2e-5, warmup_steps=2000, beta2=0.95),

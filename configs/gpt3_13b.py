@@ -2,13 +2,11 @@
 accelerators: gptjax train gpt3_13b --data.source my_texts/
 """
 
-import dataclasses
-
 from gptjax.config import PRESETS, DataConfig, OptimizerConfig, TrainConfig
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 config = TrainConfig(
-    model=dataclasses.replace(PRESETS["gpt3-13b"], vocab_multiple=128),
+    model=PRESETS["gpt3-13b"].replace(vocab_multiple=128),
     data=DataConfig(source=None, tokenizer="gpt2", val_fraction=0.001),
     optimizer=OptimizerConfig(
         learning_rate=1e-4,

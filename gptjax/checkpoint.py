@@ -84,9 +84,7 @@ class Checkpoints:
         """Made for the first save: it cannot stand corrupted checkpoints, and readers need none. It
         removes what an interrupted save has left."""
         assert self._keep is not None, "opened for reading"
-        # Orbax logs the traceback of a failed save or load, then raises it: once is enough.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
+        _say_errors_once()
         return ocp.training.Checkpointer(
             self.directory,
             # Orbax would delete old ones under their own names: a kill leaves half of one.
@@ -286,11 +284,10 @@ class Checkpoints:
         """
         where = f"the checkpoint {self.directory}/{step}"
         digests = self._read_record(step)["digests"]
+        _say_errors_once()
         try:
             loaded = ocp.load_checkpointables(self.directory / str(step), targets)
         except Exception as error:  # of tensorstore, Orbax and the file system
-            # Orbax leaves reads behind that nobody waits for any more.
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
             if peer_failure.is_peer_failure(error):  # no fault of the checkpoint's
@@ -304,6 +301,18 @@ class Checkpoints:
                 if digests.get(part, {}).get(path) != digest:
                     raise Corrupted(f"{where} is corrupted: {part}{path} is not what was saved")
         return loaded
+
+
+def _say_errors_once() -> None:
+    """Orbax logs the traceback of a failed save or load, and raises it then; and it leaves reads
+    behind that nobody waits for any more, which Python reports when they are collected."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_not_orbaxs)  # adds it once
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _is_not_orbaxs(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname + record.getMessage()
 
 
 def finished_steps(run_dir: Path) -> list[int]:

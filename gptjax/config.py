@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import sys
 import typing
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from gptjax.errors import ConfigError, quoted
@@ -24,7 +25,7 @@ TokenizerKind = Literal["char", "gpt2", "sentencepiece"]
 
 class Config:
     """Base of all settings. `given` names the fields that were passed to the constructor.
-    (`dataclasses.replace` passes all of them, `config_io.change` only those given before or now.)
+    (`dataclasses.replace` passes all of them, `replace` only those given before or now.)
     """
 
     given: frozenset[str]
@@ -51,6 +52,34 @@ class Config:
     def problems(self) -> list[str]:
         """Each value that is out of range, in words."""
         return []
+
+    def replace(self, changes: Mapping[str, Any] = {}, /, **more: Any) -> Self:
+        """This with other values: `config.replace({"model.n_layer": 4}, max_steps=100)`.
+
+        Raises:
+            ConfigError: values are out of range; it names all of them.
+        """
+        values = {name: getattr(self, name) for name in self.given}
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in {**changes, **more}.items():
+            section, _, rest = name.partition(".")
+            if rest:
+                sections.setdefault(section, {})[rest] = value
+            else:
+                values[name] = value
+        problems: list[str] = []
+        for section, inner in sections.items():
+            try:
+                values[section] = getattr(self, section).replace(inner)
+            except ConfigError as error:
+                problems += error.problems
+        try:
+            changed = type(self)(**values)
+        except ConfigError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return changed
 
     def _check_ints(self, least: int, *names: str) -> list[str]:
         """What is wrong with whole numbers (or None) that must lie in [least, INT_LIMIT)."""

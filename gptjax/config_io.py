@@ -7,7 +7,7 @@ import operator
 import re
 import runpy
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,37 +41,6 @@ def setting_types(cls: Any) -> dict[str, Any]:
 def flatten(config: Any) -> dict[str, Any]:
     """{"model.n_layer": 12, ...}: every setting's value by its name."""
     return {name: operator.attrgetter(name)(config) for name in setting_types(type(config))}
-
-
-def change(config: C, changes: Mapping[str, Any]) -> C:
-    """`config` with other values for the settings named, which count as given then, as those do
-    that were given before.
-
-    Raises:
-        ConfigError: values are out of range; it names all of them.
-    """
-    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
-    values = {name: getattr(config, name) for name in getattr(config, "given", names)}
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        section, _, rest = name.partition(".")
-        if rest:
-            sections.setdefault(section, {})[rest] = value
-        else:
-            values[name] = value
-    problems: list[str] = []
-    for section, inner in sections.items():
-        try:
-            values[section] = change(getattr(config, section), inner)
-        except ConfigError as error:
-            problems += error.problems
-    try:
-        config = type(config)(**values)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -181,7 +150,7 @@ def _from_dicts(parts: Sequence[tuple[Any, Any]], where: str) -> list[Any]:
             else:
                 problems.append(f"{name} is {quoted(value)}; expected {expected(kind)}")
         try:
-            out.append(change(cls(), values))
+            out.append(cls().replace(values))
         except ConfigError as error:
             problems += error.problems
     if problems:

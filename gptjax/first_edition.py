@@ -8,6 +8,7 @@ import dataclasses
 import runpy
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,13 @@ def run_config_file(path: Path) -> dict[str, Any]:
         Exception: whatever the file raises.
     """
 
+    def replace(self: Any, changes: Mapping[str, Any] = {}, /, **more: Any) -> Any:
+        return dataclasses.replace(self, **changes, **more)
+
     def recorder(name: str, *classes: type, **more: Any) -> Any:
         names = dict.fromkeys([*_names(*classes), *more])
-        return dataclasses.make_dataclass(name, [(each, Any, UNSET) for each in names])
+        fields = [(each, Any, UNSET) for each in names]
+        return dataclasses.make_dataclass(name, fields, namespace={"replace": replace})
 
     model = recorder("ModelConfig", ModelConfig, ComputeConfig)
     train = recorder("TrainConfig", TrainConfig, OptimizerConfig, RuntimeConfig, parallel=UNSET)

@@ -2,7 +2,6 @@
 all hosts agree on them."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ def train(
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     start_devices(config, runtime)
     # Not saved: hosts find each other again when the run is resumed.
-    runtime = dataclasses.replace(runtime, distributed=DistributedConfig())
+    runtime = runtime.replace(distributed=DistributedConfig())
     runtime.divide_batch(config, setup.device_count())
     saved = run_metadata.newest_metadata(run_dir)
     # Imported weights have no schedule of their own: theirs begins here.
@@ -62,8 +61,8 @@ def train(
     if runtime.compute.attention == "cudnn" and kernel != "cudnn":
         raise UserError(f"--attention cudnn does not fit here: {why}")
     if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
-        model = dataclasses.replace(config.model, vocab_size=vocab_size)
-        memory.dry_run(dataclasses.replace(config, model=model), runtime)
+        model = config.model.replace(vocab_size=vocab_size)
+        memory.dry_run(config.replace(model=model), runtime)
         return None
     config, dataset = open_data(config, tokenizer, console or Console(quiet=True))
     if runtime.dry_run:
@@ -130,16 +129,16 @@ def open_data(
             f" {config.model.block_size + 1}: use more text or --model.block-size"
             f" {max(1, len(dataset.train) - 1)} or less"
         )
-    model = dataclasses.replace(config.model, vocab_size=n_vocab)
-    data = dataclasses.replace(config.data, dir=str(folder.absolute()))
-    return dataclasses.replace(config, model=model, data=data), dataset
+    model = config.model.replace(vocab_size=n_vocab)
+    data = config.data.replace(dir=str(folder.absolute()))
+    return config.replace(model=model, data=data), dataset
 
 
 def _lock(run_dir: Path, config: TrainConfig, runtime: RuntimeConfig, dataset: Dataset) -> RunLock:
     """The run directory, made and locked for this process; all hosts agree that it is one folder,
     and on what is to be done there."""
-    data = dataclasses.replace(config.data, dir=None)
-    anywhere = dataclasses.replace(config, init_from=None, data=data)
+    data = config.data.replace(dir=None)
+    anywhere = config.replace(init_from=None, data=data)
     # The runtime too: a host that evaluates at other steps would wait for the others forever.
     settings = config_io.run_settings_json(anywhere, runtime)
     if not hosts.all_equal(settings + dataset.fingerprint):

@@ -82,8 +82,8 @@ def adopt_weights(config: TrainConfig, run_dir: str) -> tuple[TrainConfig, Token
                 f"data.tokenizer {config.data.tokenizer} is not the weights' {tokenizer.kind};"
                 " leave it out"
             )
-        changes["data"] = dataclasses.replace(config.data, tokenizer=tokenizer.kind)
-    return dataclasses.replace(config, **changes), tokenizer
+        changes["data"] = config.data.replace(tokenizer=tokenizer.kind)
+    return config.replace(**changes), tokenizer
 
 
 def _folder_name(run_dir: str | None) -> str | None:
@@ -100,11 +100,11 @@ def resolve(config: TrainConfig, saved: TrainConfig | None = None) -> TrainConfi
     """
     model, optimizer = config.model, config.optimizer
     if saved and model.dtype == "auto":
-        model = dataclasses.replace(model, dtype=saved.model.dtype)
+        model = model.replace(dtype=saved.model.dtype)
     if optimizer.lr_decay_steps is None:
         steps = (saved or config).lr_decay_steps
-        optimizer = dataclasses.replace(optimizer, lr_decay_steps=steps)
-    return dataclasses.replace(config, model=setup.resolve_dtype(model), optimizer=optimizer)
+        optimizer = optimizer.replace(lr_decay_steps=steps)
+    return config.replace(model=setup.resolve_dtype(model), optimizer=optimizer)
 
 
 def conflicts(saved: CheckpointMetadata, config: TrainConfig, fingerprint: str) -> list[str]:
@@ -240,7 +240,7 @@ def _resume(
 def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfig) -> list[str]:
     """What is otherwise than when the run was saved, or than in a new run here."""
     out = []
-    here = setup.resolve_dtype(dataclasses.replace(config.model, dtype="auto")).dtype
+    here = setup.resolve_dtype(config.model.replace(dtype="auto")).dtype
     # gptjax 0.1 saved "auto".
     if saved.config.model.dtype != "auto" and config.model.dtype != here:
         out.append(f"note: the run computes in {config.model.dtype}, as it began; here a new one"

@@ -170,7 +170,7 @@ class Run:
         from gptjax.interop import convert
         from gptjax.interop.weights import Weights
 
-        experiment = dataclasses.replace(self.experiment, model=self.config)
+        experiment = self.experiment.replace(model=self.config)
         weights = Weights(experiment, self.params, step=self.step)
         convert.write_pretrained(weights, self.tokenizer, files.path(str(folder)))
 
@@ -236,9 +236,7 @@ def load(
     loaded = run_metadata.load_checkpoint(files.path(name), str(checkpoint), on_one_device)
     metadata = loaded.metadata
     config = metadata.config.model
-    config = setup.resolve_dtype(
-        config if dtype == "auto" else dataclasses.replace(config, dtype=dtype)
-    )
+    config = setup.resolve_dtype(config if dtype == "auto" else config.replace(dtype=dtype))
     tokenizer = tokenizers.from_json(metadata.tokenizer, name)
     return Run(
         config, loaded.params, tokenizer, loaded.step, metadata.config, metadata.data_fingerprint
@@ -279,7 +277,7 @@ def train(
         UserError: something about the settings, the data or the run directory is not as it must be.
         RunError: what was begun cannot be finished, or was stopped before the first step.
     """
-    runtime = dataclasses.replace(runtime, run_dir=str(run_dir), dry_run=False)
+    runtime = runtime.replace(run_dir=str(run_dir), dry_run=False)
     config, tokenizer = resume.adopt_weights(config, str(run_dir))
     trainer = launch.train(config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=stop)
     if trainer and trainer.checkpoints.latest_step is None:

@@ -2,7 +2,6 @@
 way to listen to it: the progress line, metrics.jsonl and the samples are callbacks."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
@@ -85,7 +84,7 @@ class Trainer:
         self.eval_kernel = attention.choose(config.model, runtime.compute, train=False)
 
         def compute(kernel: tuple[Any, str]) -> ComputeConfig:
-            return dataclasses.replace(runtime.compute, attention=kernel[0])
+            return runtime.compute.replace(attention=kernel[0])
 
         # The strategy makes Batches of the windows it is given, names the axis that gradients are
         # averaged over, and adds `stop`, the largest signal of all hosts, to a step's metrics.

@@ -40,7 +40,7 @@ def test_names_values_and_types_of_settings_agree():
 
 def test_change_is_replace_and_keeps_what_was_given():
     config = TrainConfig(model=ModelConfig(n_head=4), seed=3)
-    changed = config_io.change(config, {"model.n_layer": 2, "model.n_head": 12, "batch_size": 5})
+    changed = config.replace({"model.n_layer": 2, "model.n_head": 12, "batch_size": 5})
     model = dataclasses.replace(config.model, n_layer=2, n_head=12)
     assert changed == dataclasses.replace(config, model=model, batch_size=5)
     assert changed.given == {"model", "seed", "batch_size"}
@@ -49,7 +49,7 @@ def test_change_is_replace_and_keeps_what_was_given():
 
 def test_change_names_all_that_is_out_of_range():
     with pytest.raises(ConfigError) as caught:
-        config_io.change(TrainConfig(), {"model.n_layer": -1, "seed": -2, "data.val_fraction": 2.0})
+        TrainConfig().replace({"model.n_layer": -1, "seed": -2, "data.val_fraction": 2.0})
     assert len(caught.value.problems) == 3
 
 

@@ -70,7 +70,7 @@ def test_config_files_are_read_with_a_notice(tmp_path, capsys):
         "    data=DataConfig('text'), parallel=ParallelConfig(strategy='fsdp'), batch_size=512,\n"
         "    gradient_accumulation_steps=8, learning_rate=2e-4, min_lr=2e-5, eval_batches=200)\n",
     )
-    model = config_io.change(PRESETS["gpt2-xl"], {"vocab_multiple": 128})
+    model = PRESETS["gpt2-xl"].replace({"vocab_multiple": 128})
     rates = OptimizerConfig(learning_rate=2e-4, min_lr=2e-5)
     assert config == TrainConfig(model, DataConfig("text"), rates, batch_size=512)
     assert runtime == RuntimeConfig(
@@ -84,7 +84,7 @@ def test_config_files_are_read_with_a_notice(tmp_path, capsys):
 
 def test_their_presets_for_fine_tuning_too(tmp_path):
     config, _ = load(tmp_path, "config = dataclasses.replace(FINETUNE, beta2=0.9)")
-    changed = config_io.change(FINETUNE, {"optimizer.beta2": 0.9})
+    changed = FINETUNE.replace({"optimizer.beta2": 0.9})
     assert config == changed
 
 

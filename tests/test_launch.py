@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import gptjax
-from gptjax import config_io, launch
+from gptjax import launch
 from gptjax.config import DataConfig
 from gptjax.data import prepare
 from gptjax.errors import RunError, UserError
@@ -22,7 +22,7 @@ def test_the_vocabulary_may_be_known_before_the_text():
         ({"data.tokenizer": "sentencepiece"}, 4096),
         ({"model.vocab_size": 7}, 7),
     ):
-        assert launch.known_vocabulary(config_io.change(config, changes), None) == count
+        assert launch.known_vocabulary(config.replace(changes), None) == count
 
 
 def test_a_run_in_use_is_refused(tiny, train_tiny, tmp_path):
@@ -54,7 +54,7 @@ def test_what_does_not_fit_the_data_is_refused(tiny, train_tiny, tmp_path):
         ({"batch_size": 12}, r"does not divide over 8 device\(s\) x 1 accumulation"),
     ):
         with pytest.raises(UserError, match=words):
-            train_tiny(config_io.change(tiny.config, changes), tmp_path / "run")
+            train_tiny(tiny.config.replace(changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ from helpers import assert_same_run, largest_gap, logged
 from tiny_runs import Recorder
 
 import gptjax
-from gptjax import config_io, metrics, resume, run_metadata
+from gptjax import metrics, resume, run_metadata
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig, OptimizerConfig
 from gptjax.data import token_files
@@ -95,7 +95,7 @@ def test_evaluation_windows_do_not_depend_on_accumulation(tiny, steps):
 
 
 def test_losses_over_other_windows_start_a_new_best(tiny, train_tiny, complete):
-    config = config_io.change(tiny.config, {"max_steps": 14})
+    config = tiny.config.replace({"max_steps": 14})
     other = {"eval_full_split": False, "eval_batches": 1, "eval_interval": 1}
     recorder = train_tiny(config, complete, **other)
     (note,) = [note for note in recorder.trainer.start.notes if "windows" in note]
@@ -111,7 +111,7 @@ def test_losses_over_other_windows_start_a_new_best(tiny, train_tiny, complete):
 
 
 def test_dtype_is_decided_at_the_start_and_kept(tiny, train_tiny, complete, monkeypatch):
-    auto = config_io.change(tiny.config, {"max_steps": 13})
+    auto = tiny.config.replace({"max_steps": 13})
     assert auto.model.dtype == "auto"
 
     def as_on_a_gpu(model):
@@ -125,7 +125,7 @@ def test_dtype_is_decided_at_the_start_and_kept(tiny, train_tiny, complete, monk
     assert run_metadata.newest_metadata(complete).config.model.dtype == "float32"
     assert '"dtype": "float32"' in (complete / "config.json").read_text()
     assert resume.resolve(auto).model.dtype == "bfloat16"  # of a new run
-    given = config_io.change(auto, {"model.dtype": "bfloat16"})
+    given = auto.replace({"model.dtype": "bfloat16"})
     with pytest.raises(UserError, match=r"model\.dtype: 'float32' in the run, 'bfloat16' now"):
         train_tiny(given, complete)
 
@@ -142,7 +142,7 @@ def test_another_attention_kernel_is_announced(tiny, train_tiny, complete):
 
 
 def test_more_steps_are_one_setting_and_go_on_at_min_lr(tiny, train_tiny, complete):
-    recorder = train_tiny(config_io.change(tiny.config, {"max_steps": 15}), complete)
+    recorder = train_tiny(tiny.config.replace({"max_steps": 15}), complete)
     assert [row["step"] for row in recorder.rows] == [13, 14, 15]
     assert {row["learning_rate"] for row in recorder.rows} == {np.float32(1e-3)}
     (note,) = recorder.trainer.start.notes
@@ -157,7 +157,7 @@ def test_another_experiment_is_refused_with_both_values(tiny, train_tiny, comple
     before = (complete / "config.json").read_bytes()
     changes = {"seed": 3, "batch_size": 32, "model.n_layer": 2, "optimizer.lr_decay_steps": 40}
     with pytest.raises(UserError) as caught:
-        train_tiny(config_io.change(tiny.config, changes), complete)
+        train_tiny(tiny.config.replace(changes), complete)
     for words in ("seed: 1337 in the run, 3 now", "batch_size: 16 in the run, 32 now",
                   "model.n_layer: 1 in the run, 2 now", "lr_decay_steps: 12 in the run, 40 now",
                   "name another --run-dir"):  # fmt: skip
@@ -169,7 +169,7 @@ def test_the_text_may_lie_elsewhere_if_its_tokens_are_the_same(tiny, train_tiny,
     moved = complete.parent / "moved"
     shutil.copytree(tiny.config.data.dir, moved)
     data = {"data.source": "elsewhere.txt", "data.dir": str(moved)}
-    config = config_io.change(tiny.config, data)
+    config = tiny.config.replace(data)
     assert train_tiny(config, complete).trainer.dataset.fingerprint
     path = moved / "train.bin"
     tokens = np.fromfile(path, token_files.load(moved).train.dtype)
@@ -261,14 +261,14 @@ def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete):
         longer = dataclasses.replace(saved.config, max_steps=2000, optimizer=OptimizerConfig())
         imported = dataclasses.replace(saved, config=longer, data_fingerprint=None)
         checkpoints.update_metadata(step, imported.to_dict(), writes=True)
-    trainer = train_tiny(config_io.change(tiny.config, {"max_steps": 14}), complete).trainer
+    trainer = train_tiny(tiny.config.replace({"max_steps": 14}), complete).trainer
     assert trainer.config.lr_decay_steps == 14 and trainer.start.origin.startswith("imported")
     assert trainer.start.notes == []
 
 
 def test_a_given_tokenizer_must_be_the_weights(tiny):
-    config = config_io.change(tiny.config, {"init_from": str(tiny.run_dir)})
-    given = config_io.change(config, {"data.tokenizer": "gpt2", "model.vocab_size": None})
+    config = tiny.config.replace({"init_from": str(tiny.run_dir)})
+    given = config.replace({"data.tokenizer": "gpt2", "model.vocab_size": None})
     with pytest.raises(UserError, match=r"data\.tokenizer gpt2 is not the weights' char"):
         resume.adopt_weights(given, "nowhere")
 
@@ -314,7 +314,7 @@ def test_a_run_of_the_first_edition_is_sampled_from(first_edition):
 @pytest.mark.slow
 def test_a_run_of_the_first_edition_goes_on(first_edition, train_tiny, tiny):
     metadata = run_metadata.newest_metadata(first_edition)
-    config = config_io.change(metadata.config, {"max_steps": 50, "data.dir": tiny.config.data.dir})
+    config = metadata.config.replace({"max_steps": 50, "data.dir": tiny.config.data.dir})
     recorder = tiny_runs.Recorder()
     runtime = dataclasses.replace(metadata.runtime, num_devices=None)
     fields = {field.name: getattr(runtime, field.name) for field in dataclasses.fields(runtime)}

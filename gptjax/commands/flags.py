@@ -108,7 +108,7 @@ def apply(
         names = config_io.setting_types(type(default))
         try:
             changes = {name: value for name, value in given.items() if name in names}
-            out.append(config_io.change(default, changes))
+            out.append(default.replace(changes))
         except ConfigError as error:
             problems += error.problems
     if problems:

@@ -100,7 +100,7 @@ def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfi
 
     run_dir = runtime.run_dir or f"runs/{name}"
     config, tokenizer = resume.adopt_weights(config, run_dir)
-    return config, config_io.change(runtime, {"run_dir": run_dir}), tokenizer, own.print_config
+    return config, runtime.replace({"run_dir": run_dir}), tokenizer, own.print_config
 
 
 def saved_settings(run_dir: Path) -> tuple[TrainConfig, RuntimeConfig] | None:
@@ -129,5 +129,5 @@ def saved_settings(run_dir: Path) -> tuple[TrainConfig, RuntimeConfig] | None:
     folder = Path(config.data.dir or "")
     prepared = folder.name.rpartition("-")[0] == prepare.default_name(config.data)
     if prepared and not folder.exists():
-        config = config_io.change(config, {"data.dir": None})
+        config = config.replace({"data.dir": None})
     return config, runtime

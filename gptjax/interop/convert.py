@@ -12,7 +12,7 @@ import safetensors
 
 from gptjax import files, program, run_metadata
 from gptjax.checkpoint import Checkpoints
-from gptjax.config_io import change, save_run_settings
+from gptjax.config_io import save_run_settings
 from gptjax.data import token_files, tokenizers
 from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer
 from gptjax.errors import RunError, UserError, first_line
@@ -68,7 +68,7 @@ def read_pretrained(
     likely = (1, *(2**n for n in range(3, 14)), rows)
     multiple = next(m for m in likely if -(-found.n_vocab // m) * m == rows)
     settings = {"model.vocab_size": found.n_vocab, "model.vocab_multiple": multiple}
-    config = change(weights.config, settings | {"data.tokenizer": found.kind})
+    config = weights.config.replace(settings | {"data.tokenizer": found.kind})
     return weights._replace(config=config), found
 
 

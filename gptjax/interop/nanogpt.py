@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax import optim
 from gptjax.config import FINETUNE, INT_LIMIT, ModelConfig, TrainConfig
-from gptjax.config_io import change, from_dict, to_dict
+from gptjax.config_io import from_dict, to_dict
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import UserError, first_line, quoted
 from gptjax.interop import huggingface, parameter_names, tensor_files
@@ -96,9 +96,9 @@ def _read_settings(
     # nanoGPT counts the sequences of one micro-batch, in training and in evaluation.
     steps = runtime.gradient_accumulation_steps
     if "batch_size" in found:
-        config = change(config, {"batch_size": config.batch_size * steps})
+        config = config.replace({"batch_size": config.batch_size * steps})
     if "eval_iters" in found:
-        runtime = change(runtime, {"eval_batches": -(-runtime.eval_batches // steps)})
+        runtime = runtime.replace({"eval_batches": -(-runtime.eval_batches // steps)})
     return config, runtime
 
 

@@ -60,7 +60,7 @@ def test_a_resume_with_other_settings_names_both_values(copy, gptjax):
 def test_the_settings_of_a_run_are_the_default_when_resumed(copy):
     config, runtime, tokenizer = settings(copy.parent, "--run-dir", "run", "--eval-batches", "3")
     saved, old = config_io.run_settings(json.loads((copy / "config.json").read_text()), "x")
-    assert (config, runtime) == (saved, config_io.change(old, {"eval_batches": 3}))
+    assert (config, runtime) == (saved, old.replace({"eval_batches": 3}))
     assert tokenizer.n_vocab == config.model.vocab_size
 
 
@@ -113,7 +113,7 @@ def test_without_arguments_it_is_the_quickstart(tmp_path):
     default, expected = config_io.load_config("quickstart")
     assert (config, runtime) == (
         default,
-        config_io.change(expected, {"run_dir": "runs/quickstart"}),
+        expected.replace({"run_dir": "runs/quickstart"}),
     )
 
 
@@ -122,7 +122,7 @@ def test_init_from_takes_the_architecture_of_the_weights(copy):
         copy.parent, "--init-from", "run", "--data.source", "text.txt", "--block-size", "8"
     )
     saved = run_metadata.newest_metadata(copy).config
-    assert config.model == config_io.change(saved.model, {"block_size": 8, "dtype": "auto"})
+    assert config.model == saved.model.replace({"block_size": 8, "dtype": "auto"})
     assert config.optimizer == FINETUNE.optimizer and config.init_from == str(copy)
     assert (config.data.tokenizer, runtime.run_dir) == ("char", "runs/run-finetuned")
     assert tokenizer.n_vocab == saved.model.vocab_size
