@@ -91,7 +91,7 @@ def load_config(name: str) -> tuple[TrainConfig, RuntimeConfig]:
     Raises:
         UserError: no such file, an error in it, or no TrainConfig of that name.
     """
-    path = Path(name).expanduser()
+    path = files.path(name)
     if not path.is_file() and str(path.parent) in (".", "configs"):
         path = SHIPPED / f"{path.name.removesuffix('.py')}.py"
     if not path.is_file():

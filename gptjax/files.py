@@ -25,11 +25,14 @@ def path(name: str) -> Path:
     `epath.Path`, which is used like a Path.
 
     Raises:
-        UserError: another scheme, or gs:// without the package that it takes.
+        UserError: another scheme, gs:// without the package that it takes, or ~ of nobody.
     """
     scheme = re.match(r"([a-zA-Z][\w+.-]+)://", name)
     if scheme is None:
-        return Path(name).expanduser()
+        try:
+            return Path(name).expanduser()
+        except RuntimeError:
+            raise UserError(f"{name}: there is no such home directory") from None
     if scheme[1] != "gs":
         raise UserError(f"{name}: {scheme[1]}:// is not supported; use a folder or gs://BUCKET/...")
     if not importlib.util.find_spec("gcsfs"):

@@ -110,6 +110,16 @@ def open_data(
             if not folder.exists():  # else another process of this run was faster
                 raise
     dataset = token_files.load(folder)
+    named = config.data.source if config.data.dir and "source" in config.data.given else None
+    if (
+        named
+        and dataset.source
+        and files.path(named).resolve() != files.path(dataset.source).resolve()
+    ):
+        raise UserError(
+            f"{folder} (data.dir) was made from {dataset.source}, not from {named} (data.source):"
+            " name one of the two, and make the other None"
+        )
     if tokenizer and tokenizer.state() != dataset.tokenizer.state():
         raise UserError(
             f"{folder} was made with another {dataset.tokenizer.kind} tokenizer than the"

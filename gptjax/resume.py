@@ -12,6 +12,8 @@ from gptjax import attention, config_io, files, optim, program, run_metadata, tr
 from gptjax.checkpoint import Checkpoints, Corrupted
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.data import tokenizers
+from gptjax.data.batches import windows_over
+from gptjax.data.token_files import Dataset
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import hosts, setup
 from gptjax.devices.base import Strategy
@@ -88,7 +90,7 @@ def adopt_weights(config: TrainConfig, run_dir: str) -> tuple[TrainConfig, Token
 
 def _folder_name(run_dir: str | None) -> str | None:
     """All that stays where a run and its origin are moved together."""
-    return Path(run_dir).name if run_dir else None
+    return files.path(run_dir).resolve().name if run_dir else None
 
 
 def resolve(config: TrainConfig, saved: TrainConfig | None = None) -> TrainConfig:
@@ -140,6 +142,8 @@ class Start:
     step: int
     origin: str
     """In words."""
+    eval_windows: int
+    """Validation windows that an evaluation takes."""
     best_val_loss: float | None = None
     """Of the run so far, as far as it was measured as it will be now."""
     unfinished: dict[str, Any] | None = None
@@ -151,12 +155,12 @@ class Start:
 def init_or_resume(
     config: TrainConfig,
     runtime: RuntimeConfig,
-    fingerprint: str,
+    dataset: Dataset,
     checkpoints: Checkpoints,
     strategy: Strategy,
 ) -> Start:
     """The start of the run that `checkpoints` belong to. All hosts call it, and start at the same
-    step; corrupted checkpoints are set aside. `fingerprint`: of the data there are now.
+    step; corrupted checkpoints are set aside.
 
     Raises:
         UserError: it would become another experiment, or no checkpoint of the run is whole.
@@ -179,7 +183,7 @@ def init_or_resume(
             notes.append(f"warning: {corrupted}; moved to {checkpoints.set_aside(step)}")
     for step in reversed(whole):
         try:
-            found = _resume(step, config, runtime, fingerprint, checkpoints, strategy)
+            found = _resume(step, config, runtime, dataset, checkpoints, strategy)
             found.notes[:0] = notes
             return found
         except Corrupted as error:
@@ -194,23 +198,25 @@ def init_or_resume(
             f"no checkpoint of {checkpoints.run_dir} is whole, see"
             f" {checkpoints.run_dir}/damaged-*{reasons}; to begin anew, name another --run-dir"
         )
+    windows, _ = eval_windows(config, runtime, dataset)
     if config.init_from:
         state = _from_weights(files.path(config.init_from), config, strategy)
-        return Start(state, 0, f"from {config.init_from}")
-    return Start(strategy.initialise(lambda: train_step.init_state(config)), 0, "new")
+        return Start(state, 0, f"from {config.init_from}", windows)
+    state = strategy.initialise(lambda: train_step.init_state(config))
+    return Start(state, 0, "new", windows)
 
 
 def _resume(
     step: int,
     config: TrainConfig,
     runtime: RuntimeConfig,
-    fingerprint: str,
+    dataset: Dataset,
     checkpoints: Checkpoints,
     strategy: Strategy,
 ) -> Start:
     """Raises Corrupted; UserError where the settings would make it another experiment."""
     saved = run_metadata.read(checkpoints, step)
-    if found := conflicts(saved, config, fingerprint):
+    if found := conflicts(saved, config, dataset.fingerprint):
         raise UserError(
             f"{checkpoints.run_dir} holds a run with other settings; {'; '.join(found)}; resume it"
             " without changes, or name another --run-dir"
@@ -225,16 +231,22 @@ def _resume(
     origin = f"imported, at step {step}" if imported else f"resumed at step {step}"
     if config.init_from:
         origin += f", first from {config.init_from}"
-    windows, best = runtime.eval_windows(config), saved.best_val_loss
+    windows, there_are = eval_windows(config, runtime, dataset)
+    before, best = min(there_are, saved.eval_windows or there_are), saved.best_val_loss
     notes = _notes(saved, config, runtime)
-    if best is not None and windows != saved.eval_windows:
+    if best is not None and windows != before:
         best = None
         notes.append(
-            f"note: evaluations are over {windows or 'all'} validation windows now, over"
-            f" {saved.eval_windows or 'all'} before; their losses do not compare, so the best is"
-            " chosen anew"
+            f"note: evaluations are over {windows} validation windows now, over {before} before;"
+            " their losses do not compare, so the best is chosen anew"
         )
-    return Start(state, step, origin, best, saved.unfinished, notes)
+    return Start(state, step, origin, windows, best, saved.unfinished, notes)
+
+
+def eval_windows(config: TrainConfig, runtime: RuntimeConfig, dataset: Dataset) -> tuple[int, int]:
+    """(validation windows that an evaluation takes, that there are)."""
+    total = len(windows_over(len(dataset.val), config.model.block_size))
+    return min(total, runtime.eval_windows(config) or total), total
 
 
 def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfig) -> list[str]:

@@ -19,16 +19,16 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.decode_layout import unstack
 from gptjax.devices import setup
 from gptjax.errors import RunError, UserError
+from gptjax.generation import GenerationConfig, GrowingText, Overflow, grow
 from gptjax.model import Params
 from gptjax.runtime_config import RuntimeConfig
-from gptjax.sampling import GrowingText, Overflow
 from gptjax.trainer import Callback
 
 Text = str | Sequence[int] | np.ndarray
 """A text, or token ids [T] or [B, T]."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """A model with its tokenizer. Its weights are read-only; training goes on by `gptjax.train`."""
 
@@ -43,6 +43,10 @@ class Run:
     data_fingerprint: str | None = None
     """Of the tokens they were trained on; None where these are not known."""
 
+    def __repr__(self) -> str:
+        size, kind = self.config.num_parameters(), self.tokenizer.kind
+        return f"<Run: {size:,} parameters, {kind} tokenizer, step {self.step}>"
+
     def generate(
         self,
         prompt: str = "\n",
@@ -53,7 +57,7 @@ class Run:
         top_p: float = 1.0,
         num_samples: int | None = None,
         seed: int = 1337,
-        stop: Sequence[str] = (),
+        stop: tuple[str, ...] = (),
         ignore_end_of_text: bool = False,
         skip_unknown: bool = False,
         overflow: Overflow = "exact",
@@ -78,33 +82,28 @@ class Run:
             str with `stream`.
 
         Raises:
-            UserError: the prompt is empty, or has a character that the tokenizer does not know.
+            UserError: the prompt is empty, or has a character that the tokenizer does not know; or
+                a setting is out of range.
         """
+        settings = GenerationConfig(
+            max_new_tokens, temperature, top_k, top_p, 1 if num_samples is None else num_samples,
+            seed, stop, ignore_end_of_text, overflow,
+        )  # fmt: skip
+        if stream and settings.num_samples != 1:
+            raise UserError("only one sample can be streamed; leave out num_samples")
         ids = self.tokenizer.encode(prompt, skip_unknown=skip_unknown)
         if not len(ids):
             raise UserError("the prompt is empty; give at least one character that the model knows")
         eot = None if ignore_end_of_text else self.tokenizer.eot
-        texts = [GrowingText(self.tokenizer, stop, eot) for _ in range(num_samples or 1)]
-        if stream and num_samples not in (None, 1):
-            raise UserError("only one sample can be streamed; leave out num_samples")
-        tokens = sampling.generate(
-            self._decoding_params,
-            ids,
-            max_new_tokens,
-            self.config,
-            sampling.Sampling(temperature, top_k, top_p),
-            num_samples=len(texts),
-            seed=seed,
-            overflow=overflow,
-            chunk=1 if stream else sampling.CHUNK,
-        )
+        texts = [
+            GrowingText(self.tokenizer, settings.stop, eot) for _ in range(settings.num_samples)
+        ]
+        pieces = tokens(self._decoding_params, ids, self.config, settings, stream=stream)
+        growing = grow(texts, pieces)
         if stream:
-            return _stream(texts[0], tokens)
-        for new in tokens:
-            for text, row in zip(texts, new, strict=True):
-                text.extend(row)
-            if all(text.ended for text in texts):
-                break
+            return (piece for _ in growing if (piece := texts[0].take()))
+        for _ in growing:
+            pass
         found = [text.text for text in texts]
         return found[0] if num_samples is None else found
 
@@ -114,10 +113,15 @@ class Run:
 
     def _ids(self, text: Text) -> np.ndarray:
         """int [B, T]."""
-        ids = self.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
+        try:
+            ids = self.tokenizer.encode(text) if isinstance(text, str) else np.asarray(text)
+        except ValueError:  # rows of different lengths
+            ids = np.array(0.0)
         ids, vocab_size = np.atleast_2d(ids), self.config.vocab_size or 0
         if not ids.size:
             raise UserError("the text is empty; give at least one token")
+        if ids.dtype.kind not in "iu" or ids.ndim > 2:
+            raise UserError("expected a text, or whole numbers: token ids [T] or [B, T]")
         if wrong := [i for i in (ids.min(), ids.max()) if not 0 <= i < vocab_size]:
             raise UserError(f"token id {wrong[0]} is not one of the model's 0 to {vocab_size - 1}")
         return ids
@@ -156,7 +160,7 @@ class Run:
         """float32 [L, H, T, T] (or [B, L, H, T, T]): how much each token (third axis) looks at each
         token (last axis), per layer and head; rows sum to 1."""
         tokens = self._tokens(text)
-        found = np.asarray(_attention(self.params, tokens, self.config))
+        found = np.asarray(_attention(self._decoding_params, tokens, self.config))
         return found if np.ndim(text) == 2 else found[0]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -175,16 +179,22 @@ class Run:
         convert.write_pretrained(weights, self.tokenizer, files.path(str(folder)))
 
 
-def _stream(text: GrowingText, tokens: Iterator[np.ndarray]) -> Iterator[str]:
-    for new in tokens:
-        text.extend(new[0])
-        if piece := text.take():
-            yield piece
-        if text.ended:
-            return
-    text.ended = True
-    if piece := text.take():
-        yield piece
+def tokens(
+    params: Params, prompt: np.ndarray, config: ModelConfig, settings: GenerationConfig, *,
+    stream: bool,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """As `sampling.generate`; one token at a time where they are streamed."""
+    return sampling.generate(
+        params,
+        prompt,
+        settings.max_new_tokens,
+        config,
+        sampling.Sampling(settings.temperature, settings.top_k, settings.top_p),
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        overflow=settings.overflow,
+        chunk=1 if stream else sampling.CHUNK,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -194,7 +204,8 @@ def _logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array
 
 @functools.partial(jax.jit, static_argnames="config")
 def _attention(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, L, H, T, T], from the attention weights that the model hands to its dropout."""
+    """[B, L, H, T, T], from the attention weights that the model hands to its dropout. `params`:
+    unstacked, so that there is a call of the block for every layer."""
     weights: list[jax.Array] = []
 
     def keep(next_method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -204,16 +215,8 @@ def _attention(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Ar
         return next_method(*args, **kwargs)
 
     with nn.intercept_methods(keep):
-        # Unstacked: one call of the block a layer.
-        model.apply(config, unstack_names(params, config), tokens)
+        model.apply(config, params, tokens)
     return jnp.stack(weights, axis=1)
-
-
-def unstack_names(params: Params, config: ModelConfig) -> Params:
-    """As `decode_layout.unstack`, within a traced function."""
-    rest = {name: value for name, value in params.items() if name != "h"}
-    layers = [jax.tree.map(lambda x, i=i: x[i], params.get("h", {})) for i in range(config.n_layer)]
-    return rest | {f"h_{i}": layer for i, layer in enumerate(layers)}
 
 
 def load(

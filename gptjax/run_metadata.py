@@ -38,7 +38,7 @@ class CheckpointMetadata:
     val_loss: float | None = None
     """Of these weights, where it was measured."""
     eval_windows: int | None = None
-    """Over how many validation windows the two losses were measured; None: over all."""
+    """Over how many validation windows the two losses were measured; None: over all (0.1)."""
     attention: str | None = None
     """The attention kernel it was trained with; None: not known."""
     unfinished: dict[str, Any] | None = None
@@ -119,6 +119,8 @@ def load_checkpoint(
                 parts = {part: targets(shapes) for part, shapes in wanted.items()}
                 found = checkpoints.restore(step, **parts)
             except Corrupted as error:
+                if step not in checkpoints.steps:  # deleted meanwhile: the run is being trained
+                    return load_checkpoint(run_dir, name, targets, optimizer=optimizer)
                 problem = problem or error
                 continue
             if problem:

@@ -1,4 +1,4 @@
-"""Sampling: token ids in, token ids out; and above them, streaming text.
+"""Sampling: token ids in, token ids out.
 
 A prompt is read into a cache (`prefill`), then one token at a time is fed and the next one drawn
 (`decode`). Prompts are padded to a power of two, so that a new length seldom compiles anew; the
@@ -6,8 +6,8 @@ sampling settings are arrays, so that changing them never does.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,12 @@ import numpy as np
 
 from gptjax.cache import Cache, init_cache
 from gptjax.config import ModelConfig
-from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices.cpu import sampling_compiler_options
+from gptjax.generation import Overflow
 from gptjax.hashed_random import gumbel
 from gptjax.logit_threshold import keep_largest
 from gptjax.model import apply, compute_dtype
 from gptjax.train_step import random_key
-
-Overflow = Literal["exact", "half", "stop"]
 
 CHUNK = 64
 """Tokens drawn on the device before the host reads them, unless they are streamed one by one."""
@@ -233,42 +231,3 @@ def generate(
             cached, new = cached + count, np.asarray(out)[:, :count]
         text = np.concatenate([text, new], axis=1)
         yield new
-
-
-class GrowingText:
-    """The text of one sample, which ends before a stop text or at the end-of-text token."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), eot: int | None = None):
-        """`eot`: the token that ends it; None: no token does."""
-        self.text = ""
-        self.ended = False
-        self._tokenizer, self._stops, self._eot = tokenizer, stops, eot
-        self._ids: list[int] = []
-        self._taken = 0
-
-    def extend(self, ids: np.ndarray) -> None:
-        """Add int [n] tokens; those after the end are left out."""
-        if self.ended:
-            return
-        new = ids.tolist()
-        if self._eot in new:
-            new, self.ended = new[: new.index(self._eot)], True
-        self._ids += new
-        self.text = self._tokenizer.decode(self._ids)
-        found = [(at + len(s), at) for s in self._stops if (at := self.text.find(s)) >= 0]
-        if found:
-            # The stop that was complete first: so it does not matter how many tokens come at once.
-            self.text, self.ended = self.text[: min(found)[1]], True
-
-    def take(self) -> str:
-        """What has come since the last call and cannot change any more: no incomplete character,
-        no beginning of a stop text."""
-        text = self.text
-        if not self.ended:
-            text = text.rstrip("\ufffd")
-            partial = [
-                n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])
-            ]
-            text = text[: len(text) - max(partial, default=0)]
-        new, self._taken = text[self._taken :], max(self._taken, len(text))
-        return new

@@ -21,7 +21,7 @@ from gptjax.data.token_files import Dataset
 from gptjax.decode_layout import unstack
 from gptjax.devices import hosts, setup
 from gptjax.devices.strategy import get_strategy
-from gptjax.errors import RunError
+from gptjax.errors import RunError, UserError
 from gptjax.evaluation import window_loss
 from gptjax.run_metadata import CheckpointMetadata
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
@@ -76,6 +76,9 @@ class Trainer:
         """
         self.config, self.runtime, self.dataset = config, runtime, dataset
         self.checkpoints, self.callbacks, self.stop = checkpoints, callbacks, stop
+        for callback in callbacks:
+            if not isinstance(callback, Callback):
+                raise UserError(f"{callback!r} among the callbacks is no gptjax.Callback object")
         self.stopped_by = 0
         """The signal on which all hosts stopped; 0: none."""
         self.strategy = get_strategy(runtime.strategy)
@@ -101,9 +104,7 @@ class Trainer:
             )
         )
         self._eval_batch_size = config.batch_size // accumulation  # what fits in training fits
-        self.start = resume.init_or_resume(
-            config, runtime, dataset.fingerprint, checkpoints, self.strategy
-        )
+        self.start = resume.init_or_resume(config, runtime, dataset, checkpoints, self.strategy)
         self.best_val_loss = self.start.best_val_loss
         self.state = self.strategy.to_devices(self.start.state)
         self.clock = Clock(self.start.step + 1)
@@ -124,9 +125,9 @@ class Trainer:
         check_ids(share, model.vocab_size)
         return share
 
-    def evaluate(self, n_windows: int | None) -> float | None:
+    def evaluate(self, n_windows: int) -> float | None:
         """Mean validation loss in nats per token, over `n_windows` evenly spaced windows, always
-        the same ones (None: over the whole split). None if a stop signal interrupts it.
+        the same ones. None if a stop signal interrupts it.
 
         Raises:
             RunError: it is not finite.
@@ -185,7 +186,7 @@ class Trainer:
             data_fingerprint=self.dataset.fingerprint,
             best_val_loss=self.best_val_loss,
             val_loss=val_loss,
-            eval_windows=self.runtime.eval_windows(self.config),
+            eval_windows=self.start.eval_windows,
             attention=self.train_kernel[0],
             unfinished=unfinished,
         ).to_dict()
@@ -208,7 +209,7 @@ class Trainer:
 
     def _evaluate_untrained(self) -> None:
         with self.clock.paused():
-            loss = self.evaluate(self.runtime.eval_windows(self.config))
+            loss = self.evaluate(self.start.eval_windows)
         if loss is None:
             self.stopped_by = self._signal()
             return
@@ -276,7 +277,7 @@ class Trainer:
         if saved or self._evaluates_at(step):
             if not stop:
                 with self.clock.paused():
-                    loss = self.evaluate(self.runtime.eval_windows(self.config))
+                    loss = self.evaluate(self.start.eval_windows)
             if loss is None:  # the evaluation is made up for when the run is resumed
                 unfinished, stop = dict(row), stop or self._signal()
             else:

@@ -87,6 +87,7 @@ def test_command_lines_parse(tmp_path, monkeypatch, capsys):
             (tmp_path / run).mkdir(parents=True, exist_ok=True)
             settings = TrainConfig(), RuntimeConfig(run_dir=run)
             config_io.save_run_settings(tmp_path / run / "config.json", *settings)
+            (tmp_path / run / "metrics.jsonl").touch()
         if len(words) == 2:  # a command's name, in the text
             assert words[1] in main.COMMANDS or words[1] == "--version", words
         elif len(words) > 2:

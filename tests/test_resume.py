@@ -99,7 +99,8 @@ def test_losses_over_other_windows_start_a_new_best(tiny, train_tiny, complete):
     other = {"eval_full_split": False, "eval_batches": 1, "eval_interval": 1}
     recorder = train_tiny(config, complete, **other)
     (note,) = [note for note in recorder.trainer.start.notes if "windows" in note]
-    assert "over 16 validation windows now, over all before" in note
+    predicted, block = len(recorder.trainer.dataset.val) - 1, config.model.block_size
+    assert f"over 16 validation windows now, over {-(-predicted // block)} before" in note
     assert ("evaluate", 13, True) in recorder.events
     losses = {row["step"]: row["val_loss"] for row in recorder.rows}
     best = min(losses, key=losses.get)
@@ -168,8 +169,7 @@ def test_another_experiment_is_refused_with_both_values(tiny, train_tiny, comple
 def test_the_text_may_lie_elsewhere_if_its_tokens_are_the_same(tiny, train_tiny, complete):
     moved = complete.parent / "moved"
     shutil.copytree(tiny.config.data.dir, moved)
-    data = {"data.source": "elsewhere.txt", "data.dir": str(moved)}
-    config = tiny.config.replace(data)
+    config = tiny.config.replace({"data.source": None, "data.dir": str(moved)})
     assert train_tiny(config, complete).trainer.dataset.fingerprint
     path = moved / "train.bin"
     tokens = np.fromfile(path, token_files.load(moved).train.dtype)
@@ -179,6 +179,13 @@ def test_the_text_may_lie_elsewhere_if_its_tokens_are_the_same(tiny, train_tiny,
         UserError, match=r"the tokens: fingerprint \w{12} in the run, \w{12} in .*moved now"
     ):
         train_tiny(config, complete)
+
+
+def test_another_text_is_not_taken_for_the_prepared_one(tiny, train_tiny, tmp_path):
+    assert tiny.config.data.dir
+    config = tiny.config.replace({"data.source": "other.txt"})
+    with pytest.raises(UserError, match=r"was made from .*text\.txt, not from other\.txt"):
+        train_tiny(config, tmp_path / "run")
 
 
 def test_a_fine_tuned_run_moves_with_its_folder(tiny, train_tiny, tmp_path):

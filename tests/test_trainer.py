@@ -67,7 +67,8 @@ def test_checkpoints_say_what_they_are(tiny):
     for metadata in saved:
         assert (metadata.config, metadata.runtime) == (trainer.config, trainer.runtime)
         assert metadata.data_fingerprint == trainer.dataset.fingerprint
-        assert (metadata.eval_windows, metadata.unfinished) == (None, None)
+        tokens, block = len(trainer.dataset.val) - 1, trainer.config.model.block_size
+        assert (metadata.eval_windows, metadata.unfinished) == (-(-tokens // block), None)
     text = json.loads((tiny.run_dir / "config.json").read_text())
     assert config_io.run_settings(text, "config.json") == (trainer.config, trainer.runtime)
 

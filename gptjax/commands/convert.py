@@ -1,7 +1,6 @@
 """gptjax convert import|export: weights from and to PyTorch's world."""
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from gptjax import config_io, files
@@ -80,5 +79,5 @@ def _export(argv: list[str], prog: str) -> None:
     from gptjax.interop import convert
 
     setup.select_platform("cpu")
-    folder, options = Path(named[1]).expanduser(), config_io.to_dict(given)
+    folder, options = files.path(named[1]), config_io.to_dict(given)
     print(convert.export_model(files.path(named[0]), folder, **options))

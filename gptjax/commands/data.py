@@ -1,11 +1,10 @@
 """gptjax data SOURCE: tokenise a text into a folder that training reads."""
 
 import dataclasses
-from pathlib import Path
 
 from rich.console import Console
 
-from gptjax import program
+from gptjax import files, program
 from gptjax.commands import flags
 from gptjax.config import Config, DataConfig, TokenizerKind
 from gptjax.data import prepare
@@ -40,6 +39,6 @@ def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(DataFlags(), argv, prog, "SOURCE")
     config = given.config(named[0])
-    out = Path(given.out).expanduser() if given.out else prepare.default_dir(config)
+    out = files.path(given.out) if given.out else prepare.default_dir(config)
     prepare.prepare(config, out, Console())
     print(f"train on it: {program.command('train', '--data.dir', out)}")

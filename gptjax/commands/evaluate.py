@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Literal
 
 from gptjax import files
@@ -21,6 +20,8 @@ class EvaluateFlags(Config):
     """A .txt or .jsonl file, a folder or a glob."""
     split: Literal["train", "val"] | None = None
     """A split of the data that the run was trained on."""
+    data_dir: str | None = None
+    """With --split: where the data lie now. None: where they lay in training."""
     hellaswag: str | None = None
     """A file in HellaSwag's jsonl format."""
     stride: int | None = None
@@ -94,18 +95,18 @@ def main(argv: list[str], prog: str) -> None:
     highest = "highest" if given.precision == "float32" else "default"
     with jax.default_matmul_precision(highest):
         if given.hellaswag:
-            questions = hellaswag.read_questions(Path(given.hellaswag).expanduser(), tokenizer)
+            questions = hellaswag.read_questions(files.path(given.hellaswag), tokenizer)
             report = hellaswag.evaluate_questions(
                 losses, questions, config, name=given.hellaswag, rows=rows, progress=progress
             ).report()
         else:
             if given.text:
                 text = perplexity.read_text(given.text, tokenizer)
-            elif metadata.config.data.dir is None:
+            elif not (folder := given.data_dir or metadata.config.data.dir):
                 raise UserError("these weights have no data of their own; name a text with --text")
             else:
-                folder, split = Path(metadata.config.data.dir), given.split or "val"
-                text = perplexity.read_split(folder, split, tokenizer, metadata.data_fingerprint)
+                split, fingerprint = given.split or "val", metadata.data_fingerprint
+                text = perplexity.read_split(files.path(folder), split, tokenizer, fingerprint)
             report = perplexity.evaluate_text(
                 losses, text, config, rows=rows, stride=given.stride, progress=progress
             ).report()

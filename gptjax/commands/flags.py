@@ -32,9 +32,9 @@ def parse(default: F, argv: Sequence[str], prog: str, positional: str = "") -> t
     Raises:
         UserError: unknown flags, ill-typed values, values out of range; it names all of them.
     """
-    if "--help" in argv or "-h" in argv:
-        show_help([default], prog, positional)
     named, given, problems = read([default], argv, prog, positional)
+    if given.pop("help", False):
+        show_help([default], prog, positional)
     (flags,) = apply([default], given, problems, prog)
     return named, flags
 
@@ -52,7 +52,7 @@ def read(
     underscores; its value follows, or stands after =. A boolean flag may stand alone; a tuple takes
     all values that follow. Of a flag that is given twice the last one counts. `positional` names
     the other arguments: "SOURCE [FOLDER]", or "RUN ..." for one or more; RUN may be given as
-    --run-dir too. `renamed`: {old setting: new one}.
+    --run-dir too. `renamed`: {old setting: new one}. --help or -h is {"help": True}.
     """
     words = positional.replace("...", "").split()
     kinds = {"run_dir": str} if "RUN" in positional else {}
@@ -65,6 +65,9 @@ def read(
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            given["help"] = True
+            continue
         if not FLAG.match(argument):
             named.append(argument)
             continue

@@ -84,7 +84,8 @@ def dispatch(argv: list[str], prog: str) -> None:
     elif name.startswith("--tyro-"):
         modules = {each: importlib.import_module(f"gptjax.commands.{each}") for each in COMMANDS}
         parsers = {each: flags.combined(module.DEFAULTS) for each, module in modules.items()}
-        extras.subcommand_cli_from_dict(parsers, prog=prog, args=argv, config=flags.EXPLICIT)
+        # Not `prog`, which may be "python -m gptjax": no shell completes that.
+        extras.subcommand_cli_from_dict(parsers, prog="gptjax", args=argv, config=flags.EXPLICIT)
     else:
         near = config_io.near_miss(name, COMMANDS)
         raise UserError(f"no command {name!r}{near or '; expected ' + ', '.join(COMMANDS)}")

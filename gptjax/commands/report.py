@@ -1,7 +1,6 @@
 """gptjax report RUN ...: draw loss curves."""
 
 import dataclasses
-from pathlib import Path
 
 from gptjax import files
 from gptjax.commands import flags
@@ -23,7 +22,7 @@ def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(ReportFlags(), argv, prog, "RUN ...")
     run_dirs = [files.path(name) for name in named]
-    out = Path(given.out).expanduser() if given.out else run_dirs[0] / "loss.png"
+    out = files.path(given.out) if given.out else run_dirs[0] / "loss.png"
     from gptjax.viz import report  # JAX is not needed to print the help
 
     report.draw(run_dirs, out)

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gptjax import config_io, files
+from gptjax import files
 from gptjax.commands import flags, terminal
 from gptjax.config import Config
 from gptjax.errors import UserError
@@ -41,32 +41,27 @@ def main(argv: list[str], prog: str) -> None:
 
 
 def describe(run_dir: Path) -> tuple[str, ...]:
-    """What stands under TITLES. "-": not known; "damaged": the file that says it is."""
-    from gptjax import metrics  # imports JAX, which printing the help does not need
+    """What stands under TITLES. "-": not known; "damaged": no checkpoint can be read."""
+    from gptjax import run_metadata  # imports JAX, which printing the help does not need
     from gptjax.checkpoint import finished_steps
 
-    step = loss = parameters = "-"
-    checkpoints = run_dir / "checkpoints"
-    if checkpoints.is_dir():
-        step = str(max(finished_steps(run_dir), default="-"))
-    try:
-        if (run_dir / "metrics.jsonl").exists():
-            rows = metrics.read(run_dir / "metrics.jsonl")
-            losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
-            loss = f"{min(losses):.4f}" if losses else "-"
-    except UserError:
-        loss = "damaged"
-    try:
-        if (run_dir / "config.json").exists():
-            path = run_dir / "config.json"
-            config, _ = config_io.run_settings(files.read_json(path), str(path))
-            parameters = f"{config.model.num_parameters():,}" if config.model.vocab_size else "-"
-    except UserError:
-        parameters = "damaged"
+    step = loss = parameters = changed = "-"
+    if steps := finished_steps(run_dir):
+        step = str(steps[-1])
+        try:
+            metadata = run_metadata.newest_metadata(run_dir)
+            assert metadata is not None
+            parameters = f"{metadata.config.model.num_parameters():,}"
+            if metadata.best_val_loss is not None:
+                loss = f"{metadata.best_val_loss:.4f}"
+        except UserError:
+            loss = parameters = "damaged"
     found = [_size_and_time(path) for path in run_dir.rglob("*") if path.is_file()]
-    newest = time.localtime(max((seconds for _, seconds in found), default=0))
+    if found:
+        newest = time.localtime(max(seconds for _, seconds in found))
+        changed = time.strftime("%Y-%m-%d %H:%M", newest)
     size = _in_units(sum(size for size, _ in found))
-    return run_dir.name, step, loss, parameters, size, time.strftime("%Y-%m-%d %H:%M", newest)
+    return run_dir.name, step, loss, parameters, size, changed
 
 
 def _size_and_time(path: Path) -> tuple[int, float]:

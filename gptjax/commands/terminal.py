@@ -5,8 +5,10 @@ from pathlib import Path
 
 
 def is_run(path: Path) -> bool:
-    """Whether training, or an import, has written to this folder."""
-    return any((path / name).exists() for name in ("config.json", "checkpoints"))
+    """Whether training, or an import, has written to this folder. (A config.json alone may be
+    another program's.)"""
+    stopped_early = all((path / name).exists() for name in ("config.json", "metrics.jsonl"))
+    return (path / "checkpoints").exists() or stopped_early
 
 
 def status(text: str) -> None:

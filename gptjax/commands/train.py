@@ -69,9 +69,8 @@ def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfi
     Raises:
         UserError: something about them is wrong, or there is no text to train on.
     """
-    asked = {"--help", "-h"} & {*argv}
-    rest = [argument for argument in argv if argument not in asked]
-    named, given, problems = flags.read(DEFAULTS, rest, prog, "[CONFIG]", first_edition.RENAMED)
+    named, given, problems = flags.read(DEFAULTS, argv, prog, "[CONFIG]", first_edition.RENAMED)
+    asked = given.pop("help", False)
     if named and terminal.is_run(files.path(named[0])):
         run = named.pop(0)
         if given.setdefault("run_dir", run) != run:
@@ -88,6 +87,8 @@ def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfi
         name, config = f"{Path(origin).name}-finetuned", FINETUNE
     else:
         name, (config, runtime) = "quickstart", config_io.load_config("quickstart")
+    if "data.dir" in given:
+        given.setdefault("data.source", None)  # the config's text is not that folder's
     if asked:
         flags.show_help([TrainFlags(), config, runtime], prog, "[CONFIG]")
     own, config, runtime = flags.apply([TrainFlags(), config, runtime], given, problems, prog)
@@ -128,6 +129,8 @@ def saved_settings(run_dir: Path) -> tuple[TrainConfig, RuntimeConfig] | None:
         return None
     folder = Path(config.data.dir or "")
     prepared = folder.name.rpartition("-")[0] == prepare.default_name(config.data)
+    if config.data.dir and not prepared:  # gptjax 0.1 saved a text that was not that folder's
+        config = config.replace({"data.source": None})
     if prepared and not folder.exists():
         config = config.replace({"data.dir": None})
     return config, runtime

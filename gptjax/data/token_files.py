@@ -65,6 +65,8 @@ class Dataset:
     tokenizer: Tokenizer
     fingerprint: str
     """Of the tokens, wherever they lie: SHA-256 of each split's length and (a sample of) bytes."""
+    source: str | None = None
+    """What it was made from, as `DataConfig.source`; None where that is not known."""
 
 
 def load(folder: Path) -> Dataset:
@@ -108,7 +110,7 @@ def load(folder: Path) -> Dataset:
             )
         splits.append(tokens)
     train, val = splits
-    return Dataset(train, val, tokenizer, digest.hexdigest())
+    return Dataset(train, val, tokenizer, digest.hexdigest(), meta.get("source"))
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def read_pretrained(
         UserError: there is no such model or tokenizer, it is damaged, or we cannot compute exactly
             what it does. RunError: a download fills the disk.
     """
-    path = Path(source).expanduser()
+    path = files.path(source)
     if (path / "checkpoints").is_dir():
         raise UserError(f"{source} is a run of gptjax already")
     checkpoint = path if path.is_file() else path / "ckpt.pt"

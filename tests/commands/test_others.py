@@ -66,9 +66,12 @@ def test_evaluate_gives_accuracies_on_hellaswag(trained, gptjax, tmp_path):
 def test_runs_lists_every_run_of_a_folder(trained, gptjax, tmp_path):
     shutil.copytree(trained[0], tmp_path / "runs" / "good")
     shutil.copytree(trained[0], tmp_path / "runs" / "bad")
-    (tmp_path / "runs" / "bad" / "config.json").write_text("{")
-    (tmp_path / "runs" / "bad" / "metrics.jsonl").write_text("{\n{\n")
+    for path in (tmp_path / "runs" / "bad" / "checkpoints").glob("*.json"):
+        path.write_text("{")
     (tmp_path / "runs" / "no run").mkdir()
+    (tmp_path / "runs" / "no run" / "config.json").write_text(
+        "{}"
+    )  # as Hugging Face's folders have
     best = min(row["val_loss"] for row in helpers.logged(trained[0]) if row["val_loss"])
     model = config_io.run_settings(json.loads((trained[0] / "config.json").read_text()), "x")[0]
     titles, bad, good = (re.split("  +", line) for line in gptjax("runs").splitlines())

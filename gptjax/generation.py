@@ -1,0 +1,99 @@
+"""What a user asks of a continuation, and how its tokens become text. Needs no JAX."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from gptjax.config import Config
+from gptjax.data.tokenizers import Tokenizer
+
+Overflow = Literal["exact", "half", "stop"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig(Config):
+    """How a prompt is continued. Equal settings give the same text."""
+
+    max_new_tokens: int = 500
+    """Tokens to generate."""
+    temperature: float = 0.8
+    """Below 1 safer, above 1 wilder; 0 always takes the likeliest token."""
+    top_k: int = 200
+    """Draw from the k likeliest tokens only; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that have this probability together, in (0, 1]."""
+    num_samples: int = 1
+    """Continuations, generated side by side."""
+    seed: int = 1337
+    """The same seed and settings give the same text."""
+    stop: tuple[str, ...] = ()
+    """End a sample before any of these texts; \\n and \\t are understood."""
+    ignore_end_of_text: bool = False
+    """Go on after the token that ends a document."""
+    overflow: Overflow = "exact"
+    """Past the model's block_size. exact: as an uncached model that sees the last block_size
+    tokens; half: drop the older half and go on, much faster; stop: end there."""
+
+    def problems(self) -> list[str]:
+        out = self._check_ints(1, "max_new_tokens", "num_samples")
+        out += self._check_ints(0, "top_k", "seed")
+        if not 0 <= self.temperature <= 1e6:
+            out.append(f"temperature {self.temperature} is outside [0, 1e6]")
+        if not 0 < self.top_p <= 1:
+            out.append(f"top_p {self.top_p} is outside (0, 1]")
+        return out + ["a stop text must not be empty"] * ("" in self.stop)
+
+
+class GrowingText:
+    """The text of one sample, which ends before a stop text or at the end-of-text token."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), eot: int | None = None):
+        """`eot`: the token that ends it; None: no token does."""
+        self.text = ""
+        self.ended = False
+        self._tokenizer, self._stops, self._eot = tokenizer, stops, eot
+        self._ids: list[int] = []
+        self._taken = 0
+
+    def extend(self, ids: np.ndarray) -> None:
+        """Add int [n] tokens; those after the end are left out."""
+        if self.ended:
+            return
+        new = ids.tolist()
+        if self._eot in new:
+            new, self.ended = new[: new.index(self._eot)], True
+        self._ids += new
+        self.text = self._tokenizer.decode(self._ids)
+        found = [(at + len(s), at) for s in self._stops if (at := self.text.find(s)) >= 0]
+        if found:
+            # The stop that was complete first: so it does not matter how many tokens come at once.
+            self.text, self.ended = self.text[: min(found)[1]], True
+
+    def take(self) -> str:
+        """What has come since the last call and cannot change any more: no incomplete character,
+        no beginning of a stop text."""
+        text = self.text
+        if not self.ended:
+            text = text.rstrip("\ufffd")
+            partial = [
+                n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])
+            ]
+            text = text[: len(text) - max(partial, default=0)]
+        new, self._taken = text[self._taken :], max(self._taken, len(text))
+        return new
+
+
+def grow(texts: Sequence[GrowingText], pieces: Iterable[np.ndarray]) -> Iterator[int]:
+    """Add each of `pieces`, int [B, n] tokens, to the B texts as it comes, until all have ended.
+    Yields n after each piece, and 0 at the end, when all that is left of a text can be taken."""
+    for new in pieces:
+        for text, ids in zip(texts, new, strict=True):
+            text.extend(ids)
+        yield new.shape[1]
+        if all(text.ended for text in texts):
+            break
+    for text in texts:
+        text.ended = True
+    yield 0

@@ -1,0 +1,52 @@
+"""Tokens become text piece by piece, and it ends where it shall."""
+
+import numpy as np
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
+from gptjax.generation import GrowingText
+
+LETTERS = CharTokenizer("\n abcdef")
+BYTES = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
+
+
+def grown(tokenizer, text, cut, **options):
+    """(the text, the pieces taken) of a text that comes `cut` tokens at a time."""
+    ids = text if isinstance(text, list) else tokenizer.encode(text).tolist()
+    growing, pieces = GrowingText(tokenizer, **options), []
+    for at in range(0, len(ids), cut):
+        growing.extend(np.array(ids[at : at + cut]))
+        pieces.append(growing.take())
+    growing.ended = True
+    return growing.text, [*pieces, growing.take()]
+
+
+@given(st.text("abc ", max_size=30), st.lists(st.text("abc ", min_size=1, max_size=4), max_size=3),
+       st.integers(1, 7))  # fmt: skip
+@example("a a", [" ", "a a"], 1)
+def test_text_ends_before_the_first_stop_however_it_comes(text, stops, cut):
+    complete = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    found, pieces = grown(LETTERS, text, cut, stops=stops)
+    assert found == text[: min(complete, default=(0, len(text)))[1]]
+    assert found == "".join(pieces)
+    assert not any(stop in found for stop in stops)
+
+
+def test_the_beginning_of_a_stop_is_held_back_until_it_is_none():
+    text, pieces = grown(LETTERS, "abcabdab", 1, stops=["abd"])
+    assert (text, pieces) == ("abc", ["", "", "abc", "", "", "", "", "", ""])
+    text, pieces = grown(LETTERS, "ab", 1, stops=["abd"])
+    assert (text, pieces) == ("ab", ["", "", "ab"])
+
+
+def test_a_character_of_several_bytes_is_held_back_until_whole():
+    text, pieces = grown(BYTES, "aé中", 1)
+    assert (text, pieces) == ("aé中", ["a", "", "é", "", "", "中", ""])
+
+
+def test_the_end_of_text_token_ends_it():
+    ids = [2, 3, 7, 4, 5]  # "ab", the end, "cd"
+    text, pieces = grown(LETTERS, ids, 2, eot=7)
+    assert (text, pieces) == ("ab", ["ab", "", "", ""])
+    assert grown(LETTERS, ids, 2)[0] == "abfcd"
