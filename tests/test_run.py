@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import shutil
 
 import jax
@@ -149,6 +150,12 @@ def test_a_text_ends_with_the_end_of_text_token():
         (lambda run: run.generate("é"), "é"),
         (lambda run: run.generate("é", skip_unknown=True), "prompt is empty"),
         (lambda run: run.generate("R", stream=True, num_samples=2), "leave out num_samples"),
+        (lambda run: run.generate("R", stop="E"), "stop is 'E'; expected"),
+        (lambda run: run.generate("R", top_k=None), "top_k is None; expected"),
+        (lambda run: run.generate("R", num_samples=0), "num_samples 0 must be at least 1"),
+        (lambda run: run.generate("R", overflow="wrap"), "overflow is 'wrap'; expected"),
+        (lambda run: run.logits([0.5, 1.0]), "whole numbers"),
+        (lambda run: run.logits([[1, 2], [3]]), "whole numbers"),
         (lambda run: run.logits(LINE), "17 tokens do not fit the model's block_size 16"),
         (lambda run: run.logits(""), "the text is empty"),
         (lambda run: run.attention([3, 44]), "44"),
@@ -162,6 +169,10 @@ def test_a_text_ends_with_the_end_of_text_token():
 def test_what_a_run_cannot_take_is_named(run, call, words):
     with pytest.raises(UserError, match=words):
         call(run)
+
+
+def test_a_run_is_shown_in_one_line(run):
+    assert re.fullmatch(r"<Run: [\d,]+ parameters, char tokenizer, step \d+>", repr(run))
 
 
 def test_pretrained_files_give_the_same_run(run, tmp_path):

@@ -134,6 +134,19 @@ def test_for_a_damaged_one_the_next_is_used_with_a_warning(copied, capsys, damag
         load_checkpoint(copied, "2")
 
 
+def test_one_that_training_deletes_meanwhile_is_no_damage(copied, capsys, monkeypatch):
+    restore = Checkpoints.restore
+
+    def deleted_first(self, step, **targets):
+        if step == 2:
+            shutil.rmtree(copied / "checkpoints" / "2")
+        return restore(self, step, **targets)
+
+    monkeypatch.setattr(Checkpoints, "restore", deleted_first)
+    assert load_checkpoint(copied, "latest").step == 1
+    assert not capsys.readouterr().err
+
+
 def test_where_none_is_whole_the_first_problem_is_named(copied):
     for path in (copied / "checkpoints").glob("*.json"):
         path.write_text("{")

@@ -93,7 +93,10 @@ def read_split(
         UserError: the folder is missing, or holds other tokens now.
     """
     if not folder.exists():
-        raise UserError(f"the run's data are no longer at {folder}; name a text with --text")
+        raise UserError(
+            f"the run's data are no longer at {folder}; say where with --data-dir, or name a text"
+            " with --text"
+        )
     dataset = token_files.load(folder)
     if dataset.fingerprint != fingerprint:
         raise UserError(f"the tokens in {folder} are not those of the run; name a text with --text")

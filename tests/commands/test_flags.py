@@ -45,6 +45,8 @@ def read(*argv):
         ("--data.source=--odd", {"data.source": "--odd"}),
         ("--data.source=a=b", {"data.source": "a=b"}),
         ("--data.source=", {"data.source": ""}),
+        ("--data.source -h --seed 1", {"data.source": "-h", "seed": 1}),
+        ("-h --seed 1", {"help": True, "seed": 1}),
     ],
 )
 def test_flags_mean_what_they_say(argv, expected):

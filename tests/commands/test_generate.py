@@ -93,6 +93,11 @@ def test_bad_input_is_named(moved, gptjax, tmp_path, argv, words):
         assert word in str(caught.value)
 
 
+def test_a_stop_text_is_not_taken_for_the_run(moved, gptjax):
+    with pytest.raises(UserError, match="name the run before: gptjax generate RUN --stop"):
+        gptjax("generate", "--stop", "e", moved)
+
+
 def test_unknown_characters_are_skipped_on_request(moved, gptjax):
     argv = ["generate", moved, "--prompt", "now Ω", "--max-new-tokens", 3, *TWO]
     assert gptjax(*argv, "--unknown", "skip").startswith("now Ω")

@@ -41,6 +41,11 @@ def test_evaluate_computes_the_mean_loss_of_a_text(trained, gptjax, tmp_path):
     [
         (["nope", "--split", "val"], "no run in nope"),
         (["RUN"], "on what"),
+        (
+            ["RUN", "--split", "val", "--data-dir", "~no.such.user/x"],
+            "~no.such.user/x: there is no such home",
+        ),
+        (["RUN", "--split", "val", "--data-dir", "nope"], "no longer at nope"),
         (["RUN", "--split", "val", "--text", "x"], "exclude each other"),
         (["RUN", "--text", ""], "--text is empty"),
         (["RUN", "--split", "val", "--stride", "17"], "--stride 17 exceeds the block_size 16"),
