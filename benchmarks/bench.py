@@ -33,9 +33,10 @@ from benchmarks.worker import FIRST_STEP, Job, Mode
 from gptjax import config_io
 from gptjax.commands import flags, terminal
 from gptjax.commands import main as program
-from gptjax.config import Config, TrainConfig
+from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError
 from gptjax.runtime_config import RuntimeConfig
+from gptjax.settings import Config
 
 ROOT = Path(__file__).parent.parent
 PROG = "python benchmarks/bench.py"

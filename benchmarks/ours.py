@@ -9,13 +9,13 @@ import numpy as np
 from benchmarks import worker
 from benchmarks.worker import Job, Turns
 from gptjax import launch, model, sampling, train_step
-from gptjax.config import INT_LIMIT
 from gptjax.decode_layout import unstack
 from gptjax.devices import setup
 from gptjax.layers import compute_dtype
 from gptjax.metrics import MetricsLog
 from gptjax.progress import ProgressDisplay
 from gptjax.runtime_config import RuntimeConfig
+from gptjax.settings import INT_LIMIT
 from gptjax.trainer import Callback, Row, Trainer
 
 FOREVER = INT_LIMIT - 1

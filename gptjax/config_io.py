@@ -15,7 +15,7 @@ from gptjax import files, first_edition
 from gptjax.config import TrainConfig
 from gptjax.errors import ConfigError, UserError, quoted
 from gptjax.runtime_config import RuntimeConfig
-from gptjax.setting_types import expected, fits
+from gptjax.settings import expected, fits
 
 C = TypeVar("C")
 

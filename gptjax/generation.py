@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from gptjax.config import Config
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.settings import Config
 
 Overflow = Literal["exact", "half", "stop"]
 

@@ -5,8 +5,9 @@ import dataclasses
 import re
 from typing import Literal
 
-from gptjax.config import INT_LIMIT, Config, TrainConfig
+from gptjax.config import TrainConfig
 from gptjax.errors import UserError
+from gptjax.settings import INT_LIMIT, Config
 
 DeviceKind = Literal["auto", "cpu", "gpu", "tpu"]
 StrategyKind = Literal["pmap", "fsdp"]

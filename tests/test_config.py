@@ -36,11 +36,6 @@ def test_all_that_is_out_of_range_is_named(make, words):
         assert word in str(caught.value)
 
 
-def test_given_is_what_was_passed_by_position_or_name():
-    assert ModelConfig(1, 2, dropout=0.0).given == {"n_layer", "n_head", "dropout"}
-    assert ModelConfig().given == set() and TrainConfig().model.given == set()
-
-
 def test_a_batch_that_does_not_divide_names_those_that_do():
     runtime, config = RuntimeConfig(gradient_accumulation_steps=3), TrainConfig(batch_size=50)
     with pytest.raises(UserError, match="use 48 or 72 or another multiple of 24"):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import config_io
-from gptjax.config import PRESETS, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from gptjax.errors import ConfigError, UserError
+from gptjax.config import PRESETS, DataConfig, OptimizerConfig, TrainConfig
+from gptjax.errors import UserError
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 CONFIG = TrainConfig(
@@ -36,21 +36,6 @@ def test_names_values_and_types_of_settings_agree():
     assert (
         values["optimizer.lr_decay_steps"] == 7 and types["optimizer.lr_decay_steps"] == int | None
     )
-
-
-def test_change_is_replace_and_keeps_what_was_given():
-    config = TrainConfig(model=ModelConfig(n_head=4), seed=3)
-    changed = config.replace({"model.n_layer": 2, "model.n_head": 12, "batch_size": 5})
-    model = dataclasses.replace(config.model, n_layer=2, n_head=12)
-    assert changed == dataclasses.replace(config, model=model, batch_size=5)
-    assert changed.given == {"model", "seed", "batch_size"}
-    assert changed.model.given == {"n_layer", "n_head"}
-
-
-def test_change_names_all_that_is_out_of_range():
-    with pytest.raises(ConfigError) as caught:
-        TrainConfig().replace({"model.n_layer": -1, "seed": -2, "data.val_fraction": 2.0})
-    assert len(caught.value.problems) == 3
 
 
 def test_unknown_and_ill_typed_settings_are_all_named():

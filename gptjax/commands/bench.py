@@ -5,8 +5,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.settings import Config
 
 CHECKOUT = Path(__file__).parent.parent.parent
 

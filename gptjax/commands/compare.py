@@ -6,8 +6,8 @@ from typing import Literal
 
 from gptjax import config_io, files
 from gptjax.commands import flags, terminal
-from gptjax.config import Config
 from gptjax.runtime_config import DeviceKind
+from gptjax.settings import Config
 
 
 @dataclasses.dataclass(frozen=True)

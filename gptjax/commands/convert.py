@@ -5,8 +5,8 @@ from typing import Literal
 
 from gptjax import config_io, files
 from gptjax.commands import flags
-from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.settings import Config
 
 USAGE = """\
 usage: {prog} import SOURCE RUN [--help]

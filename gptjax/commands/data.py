@@ -6,8 +6,9 @@ from rich.console import Console
 
 from gptjax import files, program
 from gptjax.commands import flags
-from gptjax.config import Config, DataConfig, TokenizerKind
+from gptjax.config import DataConfig, TokenizerKind
 from gptjax.data import prepare
+from gptjax.settings import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Literal
 
 from gptjax import files
 from gptjax.commands import flags, terminal
-from gptjax.config import Config
 from gptjax.errors import UserError
 from gptjax.runtime_config import ComputeConfig, DeviceKind, RuntimeConfig, StrategyKind
+from gptjax.settings import Config
 
 
 @dataclasses.dataclass(frozen=True)

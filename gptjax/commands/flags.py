@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
-from gptjax import config_io, first_edition, setting_types
+from gptjax import config_io, first_edition, settings
 from gptjax.errors import ConfigError, UserError
 
 F = TypeVar("F")
@@ -87,7 +87,7 @@ def read(
                 given[name] = _value(kinds[name], values)
             except ValueError:
                 what = " ".join(map(repr, values)) or "without a value"
-                problems.append(f"{flag} {what}: expected {setting_types.expected(kinds[name])}")
+                problems.append(f"{flag} {what}: expected {settings.expected(kinds[name])}")
     if "RUN" in positional and "run_dir" in given:
         named.insert([word.strip("[]") for word in words].index("RUN"), given.pop("run_dir"))
     if missing := [word for word in words[len(named) :] if word[0] != "["]:

@@ -4,7 +4,7 @@ import dataclasses
 
 from gptjax import files
 from gptjax.commands import flags
-from gptjax.config import Config
+from gptjax.settings import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from gptjax import files
 from gptjax.commands import flags, terminal
-from gptjax.config import Config
 from gptjax.errors import UserError
+from gptjax.settings import Config
 
 TITLES = ("run", "step", "best loss", "parameters", "size", "changed")
 

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from gptjax import config_io, files, first_edition, program
 from gptjax.commands import flags, terminal
-from gptjax.config import FINETUNE, Config, TrainConfig
+from gptjax.config import FINETUNE, TrainConfig
 from gptjax.errors import UserError
 from gptjax.runtime_config import RuntimeConfig
+from gptjax.settings import Config
 
 
 @dataclasses.dataclass(frozen=True)

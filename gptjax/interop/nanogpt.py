@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gptjax import optim
-from gptjax.config import FINETUNE, INT_LIMIT, ModelConfig, TrainConfig
+from gptjax.config import FINETUNE, ModelConfig, TrainConfig
 from gptjax.config_io import from_dict, to_dict
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import UserError, first_line, quoted
@@ -17,6 +17,7 @@ from gptjax.interop import huggingface, parameter_names, tensor_files
 from gptjax.interop.parameter_names import EMBEDDING, HEAD
 from gptjax.interop.weights import Gelu, Weights, model_config, plain
 from gptjax.runtime_config import RuntimeConfig
+from gptjax.settings import INT_LIMIT
 
 OPTIMIZER = {
     "learning_rate": "learning_rate", "min_lr": "min_lr", "weight_decay": "weight_decay",

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from gptjax import config_io
 from gptjax.commands import flags
-from gptjax.config import Config, ModelConfig, TrainConfig
+from gptjax.config import ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.runtime_config import RuntimeConfig
+from gptjax.settings import Config
 
 DEFAULTS = [TrainConfig(), RuntimeConfig()]
 
