@@ -337,7 +337,9 @@ def read_record(directory: Path, step: int) -> dict[str, Any]:
             record = json.loads(path.read_text(encoding="utf-8"))
         else:
             text = (directory / str(step) / ORBAX_METADATA).read_text(encoding="utf-8")
-            record = json.loads(text)["custom_metadata"]
+            record = json.loads(text).get("custom_metadata")
+            if not record:
+                raise FileNotFoundError(f"{path} is missing")
         if record != _signed(record):
             raise ValueError
         if "metadata" in record:

@@ -58,8 +58,8 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.lax.cond(sampling.top_p < 1, top_p, lambda x: x, logits)
 
 
-def sampling_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Array:
-    """uint32 [count, batch, 2]: what `sample` needs for the tokens from `position` on.
+def hash_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Array:
+    """uint32 [count, batch, 2]: `hashed_random`'s keys for the tokens from `position` on.
 
     Row b's randomness at a position follows from (key, position, b) alone: it does not depend on
     how many rows there are, on the cache, or on how the work is cut into chunks.
@@ -74,8 +74,8 @@ def sampling_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draw int32 [B] tokens from logits [B, V], by the Gumbel-max trick (Gumbel 1954), with one of
-    the rows of `sampling_keys`."""
+    """Draw int32 [B] tokens from logits [B, V], by the Gumbel-max trick (Gumbel 1954), with
+    `hash_keys` [B, 2]."""
     drawn = (filter_logits(logits, sampling) + gumbel(keys, logits.shape[1])).argmax(axis=-1)
     return jnp.where(sampling.temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
 
@@ -98,7 +98,7 @@ def prefill(
     logits, cache = apply(config, params, prompt, empty, logits_at=length - 1)
     assert cache is not None
     # The padding's keys and values lie beyond `length`: masked, and overwritten one by one.
-    keys = sampling_keys(key, position, 1, prompt.shape[0])
+    keys = hash_keys(key, position, 1, prompt.shape[0])
     return sample(logits[:, 0], keys[0], sampling), cache._replace(length=length)
 
 
@@ -122,7 +122,7 @@ def decode(
         token = sample(logits[:, 0], keys[i], sampling)
         return token, cache, out.at[:, i].set(token)
 
-    keys = sampling_keys(key, position, CHUNK, token.shape[0])
+    keys = hash_keys(key, position, CHUNK, token.shape[0])
     out = jnp.zeros((token.shape[0], CHUNK), jnp.int32)
     _, cache, out = jax.lax.fori_loop(0, count, body, (token, cache, out))
     return out, cache
@@ -150,13 +150,13 @@ def decode_window(
         window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
         return window, out.at[:, i].set(token)
 
-    keys = sampling_keys(key, position, CHUNK, window.shape[0])
+    keys = hash_keys(key, position, CHUNK, window.shape[0])
     out = jnp.zeros((window.shape[0], CHUNK), jnp.int32)
     return jax.lax.fori_loop(0, count, body, (window, out))[1]
 
 
 @functools.cache
-def _compiled() -> tuple[Any, Any, Any]:
+def _jitted() -> tuple[Any, Any, Any]:
     """The three functions above; on first use, when it is known what JAX runs on."""
     jit = functools.partial(jax.jit, compiler_options=sampling_compiler_options())
     return (
@@ -192,7 +192,7 @@ def generate(
     tokens would; "half" drops the older half of the block and reads the rest anew (fast; identical
     to "exact" until the block is full); "stop" ends there.
     """
-    prefill, decode, decode_window = _compiled()
+    prefill, decode, decode_window = _jitted()
     key = random_key(seed)
     settings = Sampling(
         jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p)

@@ -331,6 +331,12 @@ def test_a_missing_part_is_named(copied):
         restore(copied, 2)
 
 
+def test_missing_metadata_are_named(copied):
+    (copied / "checkpoints" / "2.json").unlink()
+    with Checkpoints(copied) as checkpoints, pytest.raises(Corrupted, match=r"2\.json is missing"):
+        checkpoints.read_metadata(2)
+
+
 def test_numbers_that_moved_are_not_taken_for_the_same(tmp_path):
     """Not even where all of them are still there."""
     digests = []

@@ -177,7 +177,7 @@ def test_a_flat_vocabulary_of_gpt2s_size_is_summed_up_well():
 # --------------------------------------------------------------------------------- draws
 
 sample = jax.jit(sampling.sample)
-keys_for = jax.jit(sampling.sampling_keys, static_argnums=(2, 3))
+keys_for = jax.jit(sampling.hash_keys, static_argnums=(2, 3))
 
 
 def test_draws_along_a_text_are_independent_and_fit():
