@@ -41,10 +41,12 @@ def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
                 problems.append(f"model.block_size {value} exceeds the weights' {theirs}")
         elif name not in NOT_IN_WEIGHTS:
             if given and value != theirs and value is not None:
-                problems.append(f"model.{name} {value} is not the weights' {theirs}; leave it out")
+                problems.append(f"model.{name} {value} is not the weights' {theirs}")
             fields[name] = theirs
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError(
+            f"{'; '.join(problems)}: leave it out of the command and the config file, or set it so"
+        )
     return ModelConfig(**fields)
 
 

@@ -248,7 +248,7 @@ def test_weights_bring_the_architecture_that_was_not_given():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"n_layer": 12}, "model.n_layer 12 is not the weights' 2; leave it out"),
+        ({"n_layer": 12}, "model.n_layer 12 is not the weights' 2: leave it out"),
         ({"bias": True}, "model.bias True is not the weights' False"),
         ({"n_head": 12, "n_embd": 768}, "n_head 12 .*; model.n_embd 768 is not"),
         ({"block_size": 1024}, "model.block_size 1024 exceeds the weights' 64"),

@@ -131,7 +131,7 @@ def test_init_from_takes_the_architecture_of_the_weights(copy):
 def test_init_from_refuses_a_given_architecture_that_differs(copy):
     argv = ["--init-from", "run", "--data.source", "text.txt"]
     # 12 is the default, but it was given.
-    with pytest.raises(UserError, match=r"model\.n_layer 12 is not the weights' 1; leave it out"):
+    with pytest.raises(UserError, match=r"model\.n_layer 12 is not the weights' 1: leave it out"):
         settings(copy.parent, *argv, "--n-layer", "12")
     with pytest.raises(UserError, match=r"block_size 32 exceeds the weights' 16"):
         settings(copy.parent, *argv, "--block-size", "32")
