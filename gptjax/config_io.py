@@ -95,8 +95,9 @@ def load_config(name: str) -> tuple[TrainConfig, RuntimeConfig]:
     if not path.is_file() and str(path.parent) in (".", "configs"):
         path = SHIPPED / f"{path.name.removesuffix('.py')}.py"
     if not path.is_file():
-        shipped = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.py")))
-        raise UserError(f"no config file {name}; expected a path, or one of: {shipped}")
+        raise UserError(
+            f"no config file {name}; expected a path, or one of: {', '.join(shipped())}"
+        )
     try:
         try:
             found = runpy.run_path(str(path))
@@ -120,6 +121,11 @@ def load_config(name: str) -> tuple[TrainConfig, RuntimeConfig]:
             f" {SHIPPED / 'quickstart.py'}"
         )
     return settings
+
+
+def shipped() -> list[str]:
+    """The names of the configs that come with gptjax."""
+    return sorted(file.stem for file in SHIPPED.glob("*.py"))
 
 
 def near_miss(name: str, names: Iterable[str]) -> str:

@@ -9,11 +9,13 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
 from gptjax import config_io, first_edition, settings
+from gptjax.commands import other_names
 from gptjax.errors import ConfigError, UserError
 
 F = TypeVar("F")
@@ -81,13 +83,16 @@ def read(
         values = [value] if equals else _following(kinds.get(name), rest)
         if name not in kinds:
             near = config_io.near_miss(name, [*kinds, *last_parts]).replace("_", "-")
-            problems.append(f"unknown flag {flag}{near.replace('mean ', 'mean --')}")
+            hint = other_names.hint(name, {*kinds, *last_parts})
+            problems.append(f"unknown flag {flag}{hint or near.replace('mean ', 'mean --')}")
         else:
             try:
                 given[name] = _value(kinds[name], values)
             except ValueError:
                 what = " ".join(map(repr, values)) or "without a value"
                 problems.append(f"{flag} {what}: expected {settings.expected(kinds[name])}")
+                if not values and rest:
+                    problems[-1] += f" (one that begins with -- as {flag}={rest[0]})"
     if "RUN" in positional and "run_dir" in given:
         named.insert([word.strip("[]") for word in words].index("RUN"), given.pop("run_dir"))
     if missing := [word for word in words[len(named) :] if word[0] != "["]:
@@ -137,13 +142,20 @@ def combined(defaults: Sequence[Any]) -> Any:
 def _following(kind: Any, rest: list[str]) -> list[str]:
     """Takes from `rest` the values of a flag; `kind` None: it is not known."""
     count = next((n for n, argument in enumerate(rest) if FLAG.match(argument)), len(rest))
-    stated = count and rest[0].lower() in ("true", "false", "none")
-    if bool in (kind, *get_args(kind)) and not stated:
+    if bool in (kind, *get_args(kind)) and not (count and _is_stated(rest[0])):
         return ["True"]
     if get_origin(kind) is not tuple:
         count = min(count, 1)
     taken, rest[:] = rest[:count], rest[count:]
     return taken
+
+
+def _is_stated(word: str) -> bool:
+    """Whether what follows a boolean flag is its value (though it may be a wrong one), not a file,
+    a config or a run."""
+    if word.lower() in ("true", "false", "none"):
+        return True
+    return word.isalnum() and not Path(word).exists() and word not in config_io.shipped()
 
 
 def _value(kind: Any, values: Sequence[str]) -> Any:

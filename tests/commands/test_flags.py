@@ -54,6 +54,33 @@ def test_flags_mean_what_they_say(argv, expected):
     assert read(*argv.split()) == expected
 
 
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--max_iters 3", "--max_iters: nanoGPT's is --max-steps here"),
+        ("--output-dir x", "--output-dir: Hugging Face's is --run-dir here"),
+        ("--lr 1", "--lr: it is --learning-rate here"),
+        ("--epochs 3", "--epochs: a run is counted in steps, --max-steps"),
+        ("--start x", "unknown flag --start"),  # of another command: no hint
+        ("--block_sze 3", "did you mean --block-size?"),
+        ("--model.bias maybe", "--model.bias 'maybe': expected True or False"),
+        ("--dry-run yes", "--dry-run 'yes': expected True or False"),
+        ("--data.source --be", "as --data.source=--be"),
+    ],
+)
+def test_what_people_type_is_answered_with_the_flag(argv, words):
+    _, _, problems = flags.read(DEFAULTS, argv.split(), "gptjax train")
+    assert words in problems[0]
+
+
+@pytest.mark.parametrize("word", ["runs/x", "quickstart", "file", "my.py"])
+def test_a_file_or_a_config_may_follow_a_boolean_flag(tmp_path, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    found = flags.read(DEFAULTS, ["--dry-run", word], "gptjax train", "[CONFIG]")
+    assert found == ([word], {"dry_run": True}, [])
+
+
 VALUES = {int: st.integers(-(2**40), 2**40), float: st.floats(allow_nan=False), str: st.text()}
 NUMBERS_AND_TEXTS = {
     name: kind
