@@ -122,7 +122,8 @@ def test_all_mistakes_are_reported_at_once(capfd):
         "unknown flag --model.n-layr; did you mean --model.n-layer?",
         "unknown flag --n_heads; did you mean --n-head?", "--batch-size 'many': expected a whole",
         "--seed without a value", "--gelu 'relu': expected 'tanh' or 'erf'", "unknown flag --zzz;",
-        "unexpected argument 'd.py' 'maybe'; expected [CONFIG]", "max_steps -5 must be at least 1",
+        "unexpected argument 'd.py'; expected [CONFIG]", "max_steps -5 must be at least 1",
+        "--bias 'maybe': expected True or False",
         "n_embd 130 is not divisible by model.n_head 4", "(all flags: gptjax train --help)",
     ):  # fmt: skip
         assert words in message
