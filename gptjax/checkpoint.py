@@ -12,8 +12,10 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -48,23 +50,20 @@ class Checkpoints:
     was measured; the best checkpoint is the one with the lowest loss among those measured alike.
     """
 
-    def __init__(self, run_dir: Path, keep: int | None = None):
+    def __init__(self, run_dir: Path, keep: int | None = None, keep_every: int | None = None):
         """`keep`: the newest checkpoints to keep besides the best; None opens for reading.
+        `keep_every`: keep those whose step is a multiple of it too.
 
         Raises:
-            UserError: opened for reading, and there is no run; or Orbax cannot save there.
+            UserError: opened for reading, and there is no run.
         """
         self.run_dir = run_dir
         root = run_dir if files.is_remote(run_dir) else run_dir.absolute()
         self.directory = root / "checkpoints"
-        if keep is not None and "[" in str(root):
-            # It looks for what it has written by a pattern, and finds nothing.
-            raise UserError(
-                f"{root} has a [ in its name, where Orbax loses what it saves; use another"
-            )
         if keep is None and not self.directory.is_dir():
             raise UserError(f"no run in {run_dir}: expected a folder that training has written")
-        self._keep = keep
+        self._keep, self._keep_every = keep, keep_every
+        self._unverified: tuple[int, dict[str, list[tuple[int, ...]]]] | None = None
         self._metadata: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> "Checkpoints":
@@ -86,11 +85,26 @@ class Checkpoints:
         assert self._keep is not None, "opened for reading"
         _say_errors_once()
         return ocp.training.Checkpointer(
-            self.directory,
+            self._orbax_directory,
             # Orbax would delete old ones under their own names: a kill leaves half of one.
             preservation_policy=ocp.training.preservation_policies.PreserveAll(),
             cleanup_tmp_directories=True,
         )
+
+    @functools.cached_property
+    def _orbax_directory(self) -> Path:
+        """`directory`, by a name that Orbax can stand: it takes the path of what it has written for
+        a pattern, in which it finds nothing where the path has one of these characters."""
+        if files.is_remote(self.directory) or not re.search(r"[][*?\\]", str(self.directory)):
+            return self.directory
+        digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
+        # The same name on all hosts.
+        link = Path(tempfile.gettempdir()) / f"gptjax-{os.getuid()}-{digest}"
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(self.directory)
+        if link.resolve() != self.directory.resolve():
+            raise UserError(f"{link} is not a link to {self.directory}; delete it")
+        return link
 
     @property
     def steps(self) -> list[int]:
@@ -169,6 +183,7 @@ class Checkpoints:
                 self._write_metadata(step, metadata, digests)
             with _save_options():
                 self._saver.save_checkpointables_async(step, arrays, force=True)
+            self._unverified = step, {name: _shapes(tree) for name, tree in arrays.items()}
         except Exception as error:  # of tensorstore, Orbax and the file system
             raise self._save_failed(error) from error
         self._metadata[step] = metadata
@@ -199,7 +214,7 @@ class Checkpoints:
         return read_record(self.directory, step)
 
     def wait(self) -> None:
-        """Return when everything is on disk, and nothing more than is to be kept.
+        """Return when everything is on disk and can be opened, and nothing more than is to be kept.
 
         Raises:
             RunError: a save failed.
@@ -207,14 +222,28 @@ class Checkpoints:
         try:
             if "_saver" in self.__dict__:
                 self._saver.wait()
+            if self._unverified and jax.process_index() == 0:
+                self._verify(*self._unverified)
         except Exception as error:  # as in `save`: what failed in the background is raised here
             raise self._save_failed(error) from error
+        finally:
+            self._unverified = None
         if self._keep and jax.process_index() == 0:
             self._prune(self._keep)
 
+    def _verify(self, step: int, written: dict[str, list[tuple[int, ...]]]) -> None:
+        """Open a new checkpoint as a reader would, up to the arrays' numbers. Before older ones are
+        deleted: a save counts only when it can be opened."""
+        self.read_metadata(step)
+        found = ocp.checkpointables_metadata(self._orbax_directory / str(step)).metadata
+        for name, shapes in written.items():
+            if found.get(name) is None or _shapes(found[name]) != shapes:
+                moved = self.set_aside(step)
+                raise Corrupted(f"{name} of step {step} cannot be opened again; see {moved}")
+
     def _prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` and the best; nothing, while one of them cannot be read.
-        What cannot be deleted is no reason to lose a new one."""
+        """Delete all but the newest `keep`, the best, and each `keep_every`th step; nothing, while
+        one of them cannot be read. What cannot be deleted is no reason to lose a new one."""
         for folder in self.directory.glob(f"{DELETED}*"):  # of a process that was killed
             _remove(folder)
         steps = self.steps
@@ -227,7 +256,7 @@ class Checkpoints:
             return
         best = [step for step in self._by_loss() if step in measured][:1]
         for step in steps[:-keep]:
-            if step in best:
+            if step in best or (self._keep_every and step % self._keep_every == 0):
                 continue
             # First it ceases to be a checkpoint, atomically.
             folder = self.directory / str(step)
@@ -286,7 +315,7 @@ class Checkpoints:
         digests = self._read_record(step)["digests"]
         _say_errors_once()
         try:
-            loaded = ocp.load_checkpointables(self.directory / str(step), targets)
+            loaded = ocp.load_checkpointables(self._orbax_directory / str(step), targets)
         except Exception as error:  # of tensorstore, Orbax and the file system
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
@@ -379,6 +408,10 @@ def _digests(tree: Any) -> dict[str, tuple[int, bool]]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     found = [(jax.tree_util.keystr(path), _digest(x)) for path, x in leaves]
     return {path: (int(digest), bool(finite)) for path, (digest, finite) in found}
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return sorted(tuple(x.shape) for x in jax.tree.leaves(tree))
 
 
 def _save_options() -> ocp.Context:

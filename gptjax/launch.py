@@ -178,7 +178,7 @@ def _train_in(
     callbacks: Sequence[Callback],
     stop: Callable[[], int],
 ) -> Trainer:
-    with Checkpoints(run_dir, runtime.keep_checkpoints) as checkpoints:
+    with Checkpoints(run_dir, runtime.keep_checkpoints, runtime.keep_every) as checkpoints:
         trainer = Trainer(config, runtime, dataset, checkpoints, callbacks, stop)
         if setup.is_main_host():
             config_io.save_run_settings(run_dir / "config.json", config, runtime)

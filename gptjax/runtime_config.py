@@ -92,6 +92,8 @@ class RuntimeConfig(Config):
     """Steps between checkpoints. None: as eval_interval."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; the best by validation loss is kept besides."""
+    keep_every: int | None = None
+    """Keep the checkpoints at multiples of this step too, for good."""
     sample_tokens: int = 300
     """Tokens of the sample printed after each evaluation; 0 prints none."""
 
@@ -118,7 +120,9 @@ class RuntimeConfig(Config):
     def problems(self) -> list[str]:
         out = self._check_ints(0, "sample_tokens")
         out += self._check_ints(1, "gradient_accumulation_steps", "log_interval", "eval_interval")
-        out += self._check_ints(1, "eval_batches", "save_interval", "keep_checkpoints")
+        out += self._check_ints(
+            1, "eval_batches", "save_interval", "keep_checkpoints", "keep_every"
+        )
         out += self._check_ints(1, "num_devices")
         if self.num_devices and self.num_devices > 1024:
             out.append(f"num_devices {self.num_devices} must be at most 1024")

@@ -11,15 +11,16 @@ from gptjax.trainer import Callback, Trainer
 
 
 class StopSignal(Callback):
-    """From the start of training until `close`, Ctrl-C, SIGTERM and SIGHUP only set `number`: to
-    the last of them, 0 before. A second Ctrl-C ends the process at once."""
+    """From the start of training until `close`, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which SLURM
+    sends before a job's time is over) only set `number`: to the last of them, 0 before. A second
+    Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, Any] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._received)
 

@@ -116,8 +116,10 @@ def test_metadata_changes_without_touching_the_arrays(copied):
     assert_same(restore(copied, 2), ARRAYS)
 
 
-@pytest.mark.parametrize("name", ["a *?b", "über"])
-def test_a_run_directory_may_have_an_odd_name(tmp_path, name):
+@pytest.mark.parametrize("name", ["über", "*", "a?", "run[1]", "a\\b", "[", "a [b] c]", "a\nb"])
+def test_a_run_directory_may_have_any_name(tmp_path, name):
+    with Checkpoints(tmp_path / "run1", keep=1) as checkpoints:  # which a pattern would match
+        save(checkpoints, 2)
     with Checkpoints(tmp_path / name, keep=1) as checkpoints:
         save(checkpoints, 1)
         save(checkpoints, 2, arrays=make_arrays(2))
@@ -125,10 +127,33 @@ def test_a_run_directory_may_have_an_odd_name(tmp_path, name):
     assert_same(restore(tmp_path / name, 2), make_arrays(2))
 
 
-def test_a_name_that_orbax_cannot_save_under_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"a \[b\] has a \[ in its name"):
-        Checkpoints(tmp_path / "a [b]", keep=1)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("part", ["manifest.ocdbt", "_METADATA", "d"])
+def test_a_save_that_cannot_be_opened_is_an_error_and_no_older_one_goes(
+    tmp_path, monkeypatch, part
+):
+    open_metadata = checkpoint.ocp.checkpointables_metadata
+
+    def damaged_first(folder):
+        path = folder / "params" / part
+        shutil.rmtree(path) if path.is_dir() else os.truncate(path, 20)
+        return open_metadata(folder)
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        save(checkpoints, 1)
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", damaged_first)
+        save(checkpoints, 2)
+        with pytest.raises(RunError, match="params of step 2 cannot be opened again") as caught:
+            checkpoints.wait()
+    assert "step 1 is saved" in str(caught.value) and steps(tmp_path) == [1]
+    assert_same(restore(tmp_path, 1), ARRAYS)
+
+
+def test_every_nth_checkpoint_is_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
+        for step in range(2, 12, 2):
+            save(checkpoints, step, val_loss=float(step))
+    assert steps(tmp_path) == [2, 4, 8, 10]  # 2 is the best
 
 
 def test_no_run_is_one_clear_line_and_makes_no_folder(tmp_path):

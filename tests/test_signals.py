@@ -19,7 +19,7 @@ def stop():
     stop.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_is_a_request_that_is_confirmed(stop, capfd, number):
     assert stop.number == 0
     os.kill(os.getpid(), number)

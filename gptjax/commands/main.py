@@ -99,8 +99,9 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
@@ -110,11 +111,11 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     except UserError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt as stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # it has been heard
         with contextlib.suppress(OSError):
             print("stopped; nothing is left half done", file=sys.stderr)
-        return _end(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
+        return _end(128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT))
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _end(141)
@@ -142,9 +143,12 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
 class Terminated(KeyboardInterrupt):
     """SIGTERM unwinds the stack as Ctrl-C does: unfinished files are removed on the way."""
 
+    def __init__(self, number: int):
+        self.number = number
 
-def _terminate(*_: object) -> None:
-    raise Terminated
+
+def _terminate(number: int, _: object) -> None:
+    raise Terminated(number)
 
 
 def _show_bug() -> None:
