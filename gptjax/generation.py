@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from gptjax.data.tokenizers import Tokenizer
+from gptjax.errors import UserError
 from gptjax.settings import Config
 
 Overflow = Literal["exact", "half", "stop"]
@@ -44,6 +45,27 @@ class GenerationConfig(Config):
         if not 0 < self.top_p <= 1:
             out.append(f"top_p {self.top_p} is outside (0, 1]")
         return out + ["a stop text must not be empty"] * ("" in self.stop)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer, prompt: str | None, *, skip_unknown: bool = False
+) -> np.ndarray:
+    """int [P]: the tokens of a prompt. None is a line end, or token 0 of a tokenizer that has none.
+    An empty prompt is the token that ends a document: another one begins there.
+
+    Raises:
+        UserError: it is empty, and there is no such token; or the tokenizer does not know a
+            character.
+    """
+    ids = tokenizer.encode(prompt or "", skip_unknown=skip_unknown)
+    if prompt is None:
+        ids = tokenizer.encode("\n", skip_unknown=True)
+        return ids if len(ids) else np.zeros(1, np.int32)
+    if prompt == "" and tokenizer.eot is not None:
+        return np.array([tokenizer.eot], np.int32)
+    if not len(ids):
+        raise UserError("the prompt is empty; give at least one character that the model knows")
+    return ids
 
 
 class GrowingText:

@@ -19,7 +19,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.decode_layout import unstack
 from gptjax.devices import setup
 from gptjax.errors import RunError, UserError
-from gptjax.generation import GenerationConfig, GrowingText, Overflow, grow
+from gptjax.generation import GenerationConfig, GrowingText, Overflow, grow, prompt_ids
 from gptjax.model import Params
 from gptjax.runtime_config import RuntimeConfig
 from gptjax.trainer import Callback
@@ -49,7 +49,7 @@ class Run:
 
     def generate(
         self,
-        prompt: str = "\n",
+        prompt: str | None = None,
         *,
         max_new_tokens: int = 500,
         temperature: float = 0.8,
@@ -66,6 +66,7 @@ class Run:
         """Continue a prompt. The same seed and settings give the same text.
 
         Args:
+            prompt: None: a line end. "": the token that ends a document, so a new one begins.
             temperature: below 1 safer, above 1 wilder; 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only; 0 from all.
             top_p: draw from the fewest likeliest tokens that have this probability together.
@@ -82,8 +83,8 @@ class Run:
             str with `stream`.
 
         Raises:
-            UserError: the prompt is empty, or has a character that the tokenizer does not know; or
-                a setting is out of range.
+            UserError: the prompt is empty and the tokenizer has no token that ends a document, or
+                does not know a character; or a setting is out of range.
         """
         settings = GenerationConfig(
             max_new_tokens, temperature, top_k, top_p, 1 if num_samples is None else num_samples,
@@ -91,9 +92,7 @@ class Run:
         )  # fmt: skip
         if stream and settings.num_samples != 1:
             raise UserError("only one sample can be streamed; leave out num_samples")
-        ids = self.tokenizer.encode(prompt, skip_unknown=skip_unknown)
-        if not len(ids):
-            raise UserError("the prompt is empty; give at least one character that the model knows")
+        ids = prompt_ids(self.tokenizer, prompt, skip_unknown=skip_unknown)
         eot = None if ignore_end_of_text else self.tokenizer.eot
         texts = [
             GrowingText(self.tokenizer, settings.stop, eot) for _ in range(settings.num_samples)

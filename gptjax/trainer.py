@@ -23,6 +23,7 @@ from gptjax.devices import hosts, setup
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import RunError, UserError
 from gptjax.evaluation import window_loss
+from gptjax.generation import prompt_ids
 from gptjax.run_metadata import CheckpointMetadata
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
@@ -149,12 +150,11 @@ class Trainer:
         return nats / count
 
     def sample(self) -> str:
-        """Text that continues a newline (token 0 if the tokenizer has none)."""
+        """Text that continues a line end."""
         tokenizer, model = self.dataset.tokenizer, self.config.model
-        prompt = tokenizer.encode("\n", skip_unknown=True)
         pieces = sampling.generate(
             unstack(self.strategy.for_sampling(self.state.params), model),
-            prompt if len(prompt) else np.zeros(1, np.int32),
+            prompt_ids(tokenizer, None),
             self.runtime.sample_tokens,
             model,
             sampling.Sampling(0.8, 200),

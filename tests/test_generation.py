@@ -1,14 +1,37 @@
 """Tokens become text piece by piece, and it ends where it shall."""
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
-from gptjax.generation import GrowingText
+from gptjax.errors import UserError
+from gptjax.generation import GrowingText, prompt_ids
 
 LETTERS = CharTokenizer("\n abcdef")
 BYTES = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "expected"),
+    [
+        (LETTERS, None, [0]),
+        (CharTokenizer("abc"), None, [0]),  # a text without line ends
+        (LETTERS, "ab", [2, 3]),
+        (BYTES, "", [BYTES.eot]),
+        (BYTES, None, [10]),
+    ],
+)
+def test_a_prompt_is_never_without_a_token(tokenizer, prompt, expected):
+    assert prompt_ids(tokenizer, prompt).tolist() == expected
+
+
+def test_a_prompt_that_is_none_is_refused():
+    with pytest.raises(UserError, match="the prompt is empty"):
+        prompt_ids(LETTERS, "")
+    with pytest.raises(UserError, match="the prompt is empty"):
+        prompt_ids(LETTERS, "é", skip_unknown=True)
 
 
 def grown(tokenizer, text, cut, **options):

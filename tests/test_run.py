@@ -139,6 +139,7 @@ def test_a_text_ends_with_the_end_of_text_token():
     params["wte"][tokens.eot] = 1  # the likeliest token by far, whatever came before
     run = gptjax.Run(config, params, tokens)
     assert run.generate("ab", max_new_tokens=1, temperature=0) == ""
+    assert run.generate("", max_new_tokens=1, temperature=0) == ""  # begins at that token
     ignored = run.generate("ab", max_new_tokens=1, temperature=0, ignore_end_of_text=True)
     assert ignored == tokens.decode([tokens.eot]) != ""
 
@@ -148,6 +149,7 @@ def test_a_text_ends_with_the_end_of_text_token():
     [
         (lambda run: run.generate(""), "prompt is empty"),
         (lambda run: run.generate("é"), "é"),
+        (lambda run: run.generate("é", max_new_tokens=0), "max_new_tokens 0"),
         (lambda run: run.generate("é", skip_unknown=True), "prompt is empty"),
         (lambda run: run.generate("R", stream=True, num_samples=2), "leave out num_samples"),
         (lambda run: run.generate("R", stop="E"), "stop is 'E'; expected"),

@@ -9,7 +9,7 @@ from typing import Literal
 from gptjax import files
 from gptjax.commands import flags, terminal
 from gptjax.errors import UserError
-from gptjax.generation import GenerationConfig, GrowingText, grow
+from gptjax.generation import GenerationConfig, GrowingText, grow, prompt_ids
 from gptjax.runtime_config import DeviceKind
 
 
@@ -20,8 +20,9 @@ class GenerateFlags(GenerationConfig):
 
     checkpoint: str = "best"
     """best (lowest validation loss), latest, or a step."""
-    prompt: str = "\n"
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; \\n and \\t are understood. None: a line end. An empty one begins a new
+    document, where the model knows their ends."""
     prompt_file: str | None = None
     """Read the prompt from this file instead; - is standard input."""
     stream: bool = False
@@ -52,13 +53,15 @@ def main(argv: list[str], prog: str) -> None:
     setup.select_platform(given.device)
     setup.use_compilation_cache(files.cache_dir() / "xla")
     model = run.load(run_dir, given.checkpoint, dtype=given.dtype)
+    skip = given.unknown == "skip"
     try:
-        prompt = model.tokenizer.encode(prompt_text, skip_unknown=given.unknown == "skip")
+        prompt = prompt_ids(model.tokenizer, prompt_text, skip_unknown=skip)
     except UserError as error:
-        raise UserError(f"{error}; --unknown skip leaves such characters out") from None
-    if not len(prompt):
-        raise UserError("the prompt is empty; give at least one character that the model knows")
-    stops = [stop.replace("\\n", "\n").replace("\\t", "\t") for stop in given.stop]
+        hint = "" if skip else "; --unknown skip leaves out unknown characters"
+        raise UserError(f"{error}{hint}") from None
+    if prompt_text is None:
+        prompt_text = model.tokenizer.decode(prompt.tolist())
+    stops = list(map(unescape, given.stop))
     eot = None if given.ignore_end_of_text else model.tokenizer.eot
     samples = [GrowingText(model.tokenizer, stops, eot) for _ in range(given.num_samples)]
     made, began = 0, time.perf_counter()
@@ -81,8 +84,13 @@ def main(argv: list[str], prog: str) -> None:
     print(f"[{run_dir}, step {model.step}: {took}]", file=sys.stderr)
 
 
-def read_prompt(given: GenerateFlags) -> str:
-    """The prompt's text, from the flag, a file or standard input.
+def unescape(text: str) -> str:
+    """A shell passes \\n on as two characters."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def read_prompt(given: GenerateFlags) -> str | None:
+    """The prompt's text, from the flag, a file or standard input; None where there is none.
 
     Raises:
         UserError: it cannot be read, or is not UTF-8.
@@ -91,7 +99,10 @@ def read_prompt(given: GenerateFlags) -> str:
     try:
         if name is None:
             # Arguments that are not UTF-8 come as lone surrogates.
-            return given.prompt.encode(errors="surrogateescape").decode()
+            text = given.prompt
+            return (
+                None if text is None else unescape(text.encode(errors="surrogateescape").decode())
+            )
         if name == "-" and sys.stdin is None:
             raise UserError("--prompt-file -: standard input is closed")
         return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
