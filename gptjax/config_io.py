@@ -6,14 +6,16 @@ import json
 import operator
 import re
 import runpy
+import traceback
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax import files, first_edition
+from gptjax import files, first_edition, program
 from gptjax.config import TrainConfig
 from gptjax.errors import ConfigError, UserError, quoted
+from gptjax.other_names import NANOGPT, NANOGPT_DEFAULTS
 from gptjax.runtime_config import RuntimeConfig
 from gptjax.settings import expected, fits
 
@@ -105,9 +107,11 @@ def load_config(name: str) -> tuple[TrainConfig, RuntimeConfig]:
             # Perhaps it is of the first edition. If not, it runs to its end where nothing is
             # checked, and below all that is wrong is named.
             found = first_edition.run_config_file(path)
-    except Exception as error:  # the file is the user's code: it may raise anything
-        raise UserError(f"{name}: {_explain(error)}") from None
+    except (Exception, SystemExit) as error:  # the file is the user's code: it may raise anything
+        raise UserError(f"{name}{_line(error, path)}: {_explain(error)}") from None
     config, runtime = found.get("config"), found.get("runtime", RuntimeConfig())
+    if config is None and {"max_iters", "eval_iters", "n_layer", "out_dir"} & found.keys():
+        raise UserError(f"{name} is a config file of nanoGPT; here it is: {_from_nanogpt(found)}")
     if type(config).__name__ != "TrainConfig":
         raise UserError(f"{name} must set `config = TrainConfig(...)` (from gptjax.config)")
     if type(runtime).__name__ != "RuntimeConfig":
@@ -184,7 +188,43 @@ def _given(config: Any) -> dict[str, Any]:
     }
 
 
-def _explain(error: Exception) -> str:
+def _line(error: BaseException, path: Path) -> str:
+    """ ", line N", where it is known in which line of the file something was raised."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _from_nanogpt(found: dict[str, Any]) -> str:
+    """The command that has the settings of a nanoGPT config file."""
+    names = {name.rpartition(".")[2]: name for cls in (TrainConfig, RuntimeConfig)
+             for name in setting_types(cls)}  # fmt: skip
+    usable = {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, (int, float) if name in NANOGPT_DEFAULTS else str)
+    }
+    values = {NANOGPT.get(n, n): value for n, value in (NANOGPT_DEFAULTS | usable).items()}
+    # Both are micro-batches there.
+    steps = max(1, values["gradient_accumulation_steps"])
+    values["batch_size"] *= steps
+    values["eval_batches"] = -(-values["eval_batches"] // steps)
+    for name in ("init_from", "data.dir"):
+        values.pop(name, None)  # of nanoGPT's own folders
+    dataset = str(found.get("dataset", ""))
+    values |= {"source": "shakespeare"} if "shakespeare" in dataset else {}
+    values |= {"tokenizer": "char" if dataset.endswith("_char") else "gpt2", "gelu": "erf"}
+    flags = [
+        f"--{names[name].replace('_', '-')}={value}"
+        for name, value in values.items()
+        if name in names
+    ]
+    return program.command("train", *flags)
+
+
+def _explain(error: BaseException) -> str:
     """The message, and the setting that an unknown keyword argument probably means."""
     text = str(error).split(". Did you mean")[0]  # Python's own guess, from 3.13 on
     unknown = re.search(r"unexpected keyword argument '(\w+)'$", text)

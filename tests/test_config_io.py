@@ -81,7 +81,8 @@ MAKE = "from gptjax.config import *\nconfig = TrainConfig({})"
     ("text", "words"),
     [
         ("config = (", ["SyntaxError"]),
-        ("1 / 0", ["ZeroDivisionError: division by zero"]),
+        ("\n1 / 0", ["line 2: ZeroDivisionError: division by zero"]),
+        ("import sys\nsys.exit(0)", ["line 2: SystemExit: 0"]),
         ("import gptjax.nope", ["No module named 'gptjax.nope'"]),
         (MAKE.format("batch_sise=1"), ["did you mean batch_size?"]),
         (MAKE.format("model=ModelConfig(n_layr=1)"), ["did you mean n_layer?"]),
@@ -97,6 +98,21 @@ def test_config_files_that_are_wrong_say_how(tmp_path, text, words):
         config_io.load_config(str(tmp_path / "bad.py"))
     for word in ["bad.py", *words]:
         assert word in str(caught.value)
+
+
+def test_a_nanogpt_config_is_answered_with_the_command(tmp_path):
+    (tmp_path / "nano.py").write_text(
+        "out_dir = 'out-a'\ndataset = 'shakespeare_char'\nbatch_size = 64\nn_layer = 6\n"
+        "gradient_accumulation_steps = 2\nmax_iters = 5000\neval_iters = 20\ncompile = False\n"
+    )
+    with pytest.raises(UserError, match=r"nano\.py is a config file of nanoGPT") as caught:
+        config_io.load_config(str(tmp_path / "nano.py"))
+    flags_of = dict(word[2:].split("=") for word in str(caught.value).split() if "=" in word)
+    expected = {"run-dir": "out-a", "data.source": "shakespeare", "data.tokenizer": "char",
+                "batch-size": "128", "model.n-layer": "6", "max-steps": "5000",
+                "eval-batches": "10", "model.n-head": "12", "optimizer.learning-rate": "0.0006",
+                "model.gelu": "erf", "model.bias": "False"}  # fmt: skip
+    assert expected.items() <= flags_of.items() and "compile" not in flags_of
 
 
 def test_a_config_file_keeps_what_it_gives(tmp_path):

@@ -14,8 +14,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
-from gptjax import config_io, first_edition, settings
-from gptjax.commands import other_names
+from gptjax import config_io, first_edition, other_names, settings
 from gptjax.errors import ConfigError, UserError
 
 F = TypeVar("F")

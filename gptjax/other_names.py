@@ -3,6 +3,8 @@
 A value with a space is no name of ours: it says what there is instead.
 """
 
+from typing import Any
+
 NANOGPT = {
     "out_dir": "run_dir",
     "dataset": "data.dir",
@@ -18,6 +20,15 @@ NANOGPT = {
     "backend": "JAX needs none; see --strategy and --device",
     "wandb_log": "metrics.jsonl has the numbers, a gptjax.Callback can send them",
 }
+
+NANOGPT_DEFAULTS: dict[str, Any] = {
+    "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "batch_size": 12,
+    "gradient_accumulation_steps": 40, "block_size": 1024, "n_layer": 12, "n_head": 12,
+    "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600_000,
+    "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "warmup_iters": 2000,
+    "lr_decay_iters": 600_000, "min_lr": 6e-5,
+}  # fmt: skip
+"""Of its train.py."""
 
 HUGGING_FACE = {
     "output_dir": "run_dir",
