@@ -56,11 +56,8 @@ def start(runtime: RuntimeConfig, num_parameters: int) -> None:
 
 
 def select_platform(kind: DeviceKind) -> None:
-    """Compute on this kind of device; "auto" takes the fastest kind there is.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """Compute on this kind of device; "auto" takes the fastest kind there is. Raises UserError if
+    there is no such device."""
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if kind not in ("auto", jax.default_backend()):
@@ -102,14 +99,11 @@ def resolve_dtype(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, dtype="float32" if cpu_only else "bfloat16")
 
 
-def device_count() -> int:
-    """Devices of all hosts together."""
-    return jax.device_count()
+device_count = jax.device_count
+"""Devices of all hosts together."""
 
-
-def host_count() -> int:
-    """Processes that train together."""
-    return jax.process_count()
+host_count = jax.process_count
+"""Processes that train together."""
 
 
 def is_main_host() -> bool:
@@ -125,7 +119,8 @@ def describe() -> str:
 
 def peak_flops() -> float | None:
     """bfloat16 FLOP/s of all devices together; None where that is not known."""
-    kind = jax.devices()[0].device_kind
+    devices = jax.devices()
+    kind = devices[0].device_kind
     # The longest name that fits: "NVIDIA H100 80GB HBM3" is an H100, not an L4.
     names = [n for n in PEAK_FLOPS if kind == n or kind.startswith((n + " ", n + "-"))]
-    return PEAK_FLOPS[max(names, key=len)] * device_count() if names else None
+    return PEAK_FLOPS[max(names, key=len)] * len(devices) if names else None
