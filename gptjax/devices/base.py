@@ -30,11 +30,8 @@ class Strategy(abc.ABC):
 
     def targets(self, shapes: Any) -> Any:
         """A `jax.ShapeDtypeStruct` with its sharding for each array: what to restore into."""
-
-        def target(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(target, shapes, self.shardings(shapes))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+        return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, self.shardings(shapes))
 
     def initialise(self, make: Callable[..., Any], *args: Any) -> Any:
         """`make(*args)`; its result and `args` are in the layout for saving."""
@@ -72,8 +69,7 @@ class Strategy(abc.ABC):
         mapped = self.map(gathered)
 
         def run(params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0) -> Any:
-            parts = windows, weights, self.signal(stop)
-            found = mapped(params, *(self.distribute(part) for part in parts))
+            found = mapped(params, *map(self.distribute, (windows, weights, self.signal(stop))))
             sums, largest = (np.asarray(first_shard(x)).reshape(-1) for x in found)
             return sums, int(largest[0])
 

@@ -76,12 +76,11 @@ def use_compilation_cache(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Not by JAX's own limit: for that it writes two files per program, and a kill between them
         # disables its cache for good.
-        files = [(file.stat(), file) for file in folder.iterdir() if file.is_file()]
-        excess = sum(stat.st_size for stat, _ in files) - COMPILATION_CACHE_BYTES
-        for stat, file in sorted(files, key=lambda pair: pair[0].st_mtime):
-            if excess > 0:
+        kept = 0
+        for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True):
+            kept += file.stat().st_size
+            if kept > COMPILATION_CACHE_BYTES:
                 file.unlink(missing_ok=True)
-                excess -= stat.st_size
     except OSError:
         return
     # Nor is a full disk worth a warning.
