@@ -28,10 +28,8 @@ def start(runtime: RuntimeConfig, num_parameters: int) -> None:
     device, unless JAX_NUM_CPU_DEVICES says otherwise); prepare for a model of `num_parameters`.
     Call before anything else uses JAX.
 
-    Raises:
-        UserError: there is no device of this kind, what is known of the other hosts is wrong or
-            incomplete, or JAX has been used with another number of CPU devices.
-        RunError: the other hosts cannot be reached.
+    Raises UserError if there is no device of this kind, JAX has been used with another number of
+    CPU devices, or as `hosts.join`.
     """
     if runtime.device in ("auto", "cpu"):
         cpu.keep_freed_memory(num_parameters)
