@@ -77,16 +77,12 @@ def _shakespeare() -> Path:
             scratch.write_bytes(text)
             scratch.replace(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
+        if digest != SHAKESPEARE_SHA256:
+            raise ValueError(f"the sha256 of that file is {digest}, not {SHAKESPEARE_SHA256}")
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"Tiny Shakespeare could not be downloaded ({error}); put the file from"
-            f" {SHAKESPEARE_URL} at {path}"
+            f"{path} is not Tiny Shakespeare: {error}; put the file from {SHAKESPEARE_URL} there"
         ) from None
-    if digest != SHAKESPEARE_SHA256:
-        raise UserError(
-            f"{path} is not Tiny Shakespeare (sha256 {digest}, expected {SHAKESPEARE_SHA256});"
-            " delete it to download it again"
-        )
     return path
 
 

@@ -33,20 +33,16 @@ class Tokenizer(Protocol):
     @property
     def eot(self) -> int | None:
         """The end-of-text id, which separates documents; None if the tokenizer has none."""
-        ...
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """int32 [n] ids. `decode(encode(text)) == text` for every text the tokenizer can represent.
         Raises UserError for a character it cannot represent; `skip_unknown` leaves those out."""
-        ...
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; an incomplete UTF-8 sequence becomes U+FFFD."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """Everything it consists of, as JSON values; `from_state` rebuilds it without a network."""
-        ...
 
 
 class CharTokenizer:

@@ -21,12 +21,8 @@ SHUTDOWN_TIMEOUT = 600
 
 
 def join(config: DistributedConfig, *, tpu: bool) -> None:
-    """Connect with the other hosts, if there are any; `tpu`: whether this run may use TPUs.
-
-    Raises:
-        UserError: what is known of the others is wrong or incomplete.
-        RunError: they cannot be reached.
-    """
+    """Connect with the other hosts, if there are any; `tpu`: whether this run may use TPUs. Raises
+    UserError if what is known of them is wrong or incomplete, RunError if none can be reached."""
     known = find(config, tpu=tpu)
     if known is None:
         return
