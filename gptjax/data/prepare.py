@@ -36,9 +36,8 @@ def prepare(
     Uses `tokenizer` if given, else makes one of the kind that `config` names. Memory stays within
     a few hundred megabytes, however long the text. Progress and a summary go to `console`.
 
-    Raises:
-        UserError: the text is bad, `out` exists, or the vocabulary size does not suit the text.
-        RunError: the folder cannot be written (a full disk).
+    Raises UserError if the text is bad, `out` exists, or the vocabulary size does not suit the
+    text; RunError if the folder cannot be written (a full disk).
     """
     if files.is_remote(out):
         raise UserError(f"{out}: data sets are written to disk; name a folder on this machine")

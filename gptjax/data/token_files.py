@@ -66,12 +66,10 @@ def load(folder: Path) -> Dataset:
     Raises UserError if files are missing, damaged, of another length than recorded, or hold token
     ids that the tokenizer does not have.
     """
-    if files.is_remote(folder):
-        raise UserError(f"{folder}: data sets are read from disk; copy the folder here first")
-    if not all((folder / f"{split}.bin").is_file() for split in SPLITS):
+    if files.is_remote(folder) or not all((folder / f"{s}.bin").is_file() for s in SPLITS):
         raise UserError(
-            f"{folder} is not a prepared data set: expected train.bin and val.bin in it"
-            " (python -m gptjax data SOURCE --out FOLDER makes one)"
+            f"{folder} is not a prepared data set on this machine's disk: expected train.bin and"
+            " val.bin in it (python -m gptjax data SOURCE --out FOLDER makes one)"
         )
     meta = _read_meta(folder) if (folder / "meta.json").is_file() else {}
     # nanoGPT's sets without a meta.pkl hold GPT-2's tokens.
@@ -102,16 +100,15 @@ def load(folder: Path) -> Dataset:
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     meta = files.read_json(path)
-    meta = meta if isinstance(meta, dict) else {}
-    counts = [meta.get(f"{split}_tokens") for split in SPLITS]
-    if meta.get("dtype") not in ("uint16", "uint32") or {*map(type, counts)} != {int}:
+    fields = meta if isinstance(meta, dict) else {}
+    counts = {type(fields.get(f"{split}_tokens")) for split in SPLITS}
+    whole = counts == {int} and (folder / "tokenizer.json").is_file()
+    if not whole or fields.get("dtype") not in ("uint16", "uint32"):
         raise UserError(
-            f"{path} is damaged: expected dtype uint16 or uint32, and whole numbers train_tokens"
-            " and val_tokens; prepare the set again"
+            f"{path} is damaged: expected dtype uint16 or uint32, whole numbers train_tokens and"
+            " val_tokens, and a tokenizer.json beside it; prepare the set again"
         )
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} is damaged: no tokenizer.json; prepare it again")
-    return meta
+    return fields
 
 
 def _digest_sample(tokens: TokenFile, digest: Any) -> int:

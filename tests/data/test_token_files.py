@@ -150,10 +150,10 @@ def unknown_id(folder):
         ),
         (odd_length, f"it has 101 bytes, not {N_TRAIN:,} uint16 tokens"),
         (empty, f"it has 0 bytes, not {N_TRAIN:,} uint16 tokens"),
-        (missing_tokenizer, "no tokenizer.json; prepare it again"),
+        (missing_tokenizer, "and a tokenizer.json beside it; prepare"),
         (no_json, "is not valid JSON"),
         (other_dtype, "expected dtype uint16 or uint32"),
-        (no_count, "and whole numbers train_tokens and val_tokens"),
+        (no_count, "whole numbers train_tokens and val_tokens"),
         (one_token, "val.bin is damaged or was replaced: it has 2 bytes, not 2 uint16 tokens"),
         (unknown_id, "holds token id 44, but its char tokenizer has 44 ids"),
     ],
@@ -168,7 +168,7 @@ def test_a_damaged_set_is_refused_with_the_reason(tmp_path, make_set, damage, wo
 
 def test_a_set_in_a_bucket_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(files, "is_remote", lambda path: True)
-    with pytest.raises(UserError, match="read from disk"):
+    with pytest.raises(UserError, match="on this machine's disk"):
         load(tmp_path)
 
 
