@@ -124,9 +124,9 @@ def barrier() -> None:
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 1)  # Gloo prints a greeting
     try:
+        all_gather(0)  # waits for the first device only; the sum waits for all of them
         total = jax.pmap(lambda x: jax.lax.psum(x, "devices"), axis_name="devices")
         total(np.ones(jax.local_device_count(), np.int32)).block_until_ready()
-        all_gather(0)
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
