@@ -22,15 +22,12 @@ from gptjax.errors import UserError, first_line
 
 def path(name: str) -> Path:
     """The path that a user means by `name`: ~ is the home directory; gs://BUCKET/... becomes an
-    `epath.Path`, which is used like a Path.
-
-    Raises:
-        UserError: another scheme, gs:// without the package that it takes, or ~ of nobody.
-    """
+    `epath.Path`, which is used like a Path. Raises UserError for another scheme, for gs:// without
+    the package that it takes, and for a ~ of nobody."""
     scheme = re.match(r"([a-zA-Z][\w+.-]+)://", name)
     if scheme is None:
         try:
-            return Path(name).expanduser()
+            return Path(name).expanduser() if name.startswith("~") else Path(name)
         except RuntimeError:
             raise UserError(f"{name}: there is no such home directory") from None
     if scheme[1] != "gs":
@@ -56,11 +53,7 @@ def cache_dir() -> Path:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text`, all at once: a kill leaves the old file or the new one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write `text`, all at once: a kill leaves the old file or the new one. Raises OSError."""
     if is_remote(path):
         path.write_text(text)
         return
@@ -72,29 +65,31 @@ def write_atomic(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in a file.
-
-    Raises:
-        UserError: it cannot be read, is not JSON in UTF-8, or an object has a key twice.
-    """
+def read_text(path: Path) -> str:
+    """What a file says. Raises UserError if it cannot be read, or is not UTF-8."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"), str(path))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not JSON: it is not UTF-8") from None
+        raise UserError(f"cannot read {path}: it is not UTF-8") from None
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. Raises as `read_text` and `parse_json`."""
+    return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str, where: str) -> Any:
-    """As `read_json`, of a text; `where` names its source in errors."""
+    """A JSON value. Raises UserError, which names `where` it came from, if it is none or an object
+    has a key twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"{where} names {twice!r} twice")
+        found = dict[str, Any]()
+        for name, value in pairs:
+            if name in found:
+                raise UserError(f"{where} names {name!r} twice")
+            found[name] = value
         return found
 
     try:
@@ -106,11 +101,8 @@ def parse_json(text: str, where: str) -> Any:
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path`, which takes its name when the block ends without an error and
-    is removed otherwise. Folders that killed processes left behind are removed too.
-
-    Raises:
-        OSError: it cannot be made, or `path` is there and not empty.
-    """
+    is removed otherwise. Folders that killed processes left behind are removed too. OSError if it
+    cannot be made, or `path` is there and not empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
         with _locked(path.parent):  # nobody looks for leftovers while another one begins

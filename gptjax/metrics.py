@@ -1,10 +1,8 @@
 """metrics.jsonl: one JSON object a line, for every step that is reported."""
 
-import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,9 @@ BUCKET_INTERVAL = 15
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl. A last line cut short by a crash is left out.
-
-    Raises:
-        UserError: there is no such file, or a line before the last is damaged.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"cannot read {path}: {reason}") from None
-    rows = []
+    """The rows of a metrics.jsonl. A last line cut short by a crash is left out. Raises UserError
+    if there is no such file, or a line before the last is damaged."""
+    lines, rows = files.read_text(path).splitlines(), list[Row]()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -62,14 +52,14 @@ class MetricsLog(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self._path = trainer.checkpoints.run_dir / "metrics.jsonl"
-        self._writes = setup.is_main_host()
+        self._remote = files.is_remote(self._path)
         start = trainer.start
         # The row of a step that is to be evaluated again is not there yet, or will be replaced.
         last = start.step - (1 if start.unfinished else 0)
         rows = read(self._path) if start.step and self._path.exists() else []
         self._rows = [row for row in rows if row["step"] <= last]
         self._seconds_before = float(self._rows[-1].get("seconds") or 0) if self._rows else 0.0
-        self._replace()
+        self._write()
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
         """On a disk at once. A file in a bucket can only be replaced, and not often: there when
@@ -77,34 +67,34 @@ class MetricsLog(Callback):
         if "seconds" not in row:
             return
         row = row | {"seconds": row["seconds"] + self._seconds_before}
-        if files.is_remote(self._path):
-            self._rows.append(row)
-            if time.monotonic() > self._replaced + BUCKET_INTERVAL:
-                self._replace()
-        elif self._writes:
-            with self._failing(), self._path.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
-                file.flush()
-                os.fsync(file.fileno())
+        if not self._remote:
+            self._write(row)
+            return
+        self._rows.append(row)
+        if time.monotonic() > self._replaced + BUCKET_INTERVAL:
+            self._write()
 
     def on_save(self, trainer: Trainer, step: int) -> None:
         """The log is never behind a checkpoint."""
-        if files.is_remote(self._path):
-            self._replace()
+        if self._remote:
+            self._write()
 
     def on_end(self, trainer: Trainer) -> None:
         self.on_save(trainer, 0)
 
-    def _replace(self) -> None:
+    def _write(self, new: Row | None = None) -> None:
+        """Append a row to the file; None: replace the file by all rows."""
         self._replaced = time.monotonic()
-        if self._writes:
-            with self._failing():
-                files.write_atomic(self._path, "".join(map(_line, self._rows)))
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
+        if not setup.is_main_host():
+            return
         try:
-            yield
+            if new is None:
+                files.write_atomic(self._path, "".join(map(_line, self._rows)))
+                return
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(new))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             reason = error.strerror or first_line(error)
             raise RunError(f"cannot write {self._path}: {reason}") from None

@@ -52,16 +52,13 @@ class ProgressDisplay(Callback):
         model = trainer.config.model
         mfu = rate * model.flops_per_token() / peak if rate and peak else None
         tokens_left = (last - row["step"]) * trainer.config.batch_size * model.block_size
-        parts = [
-            f"step {row['step']}/{last}",
-            f"loss {row['train_loss']:.4f}",
-            f"lr {row['learning_rate']:.2e}",
-            f"grad norm {row['grad_norm']:.2f}",
-            f"{f'{rate:,.0f}' if rate else '-'} tokens/s",
-            f"MFU {'unknown' if mfu is None else f'{mfu:.1%}'}",
-            f"{duration(tokens_left / rate) if rate else '-'} left",
-        ]
-        line = " | ".join(parts)
+        line = (
+            f"step {row['step']}/{last} | loss {row['train_loss']:.4f}"
+            f" | lr {row['learning_rate']:.2e} | grad norm {row['grad_norm']:.2f}"
+            f" | {f'{rate:,.0f}' if rate else '-'} tokens/s"
+            f" | MFU {'unknown' if mfu is None else f'{mfu:.1%}'}"
+            f" | {duration(tokens_left / rate) if rate else '-'} left"
+        )
         self._bar.update(self._task, completed=row["step"], description=line)
         if not self._live:
             self.say(line)
@@ -124,7 +121,7 @@ def describe(trainer: Trainer) -> str:
 
 def duration(seconds: float) -> str:
     """ "1h02m", "3m20s" or "12s"."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -23,11 +23,8 @@ class RunLock:
         return path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
 
     def acquire(self) -> str | None:
-        """None where the lock is ours now, or there are no locks; else its holder.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """None where the lock is ours now, or there are no locks; else its holder. Raises OSError
+        if the file cannot be written."""
         if files.is_remote(self._run_dir):
             return None
         file = (self._run_dir / "lock").open("a+", encoding="utf-8")
@@ -38,8 +35,7 @@ class RunLock:
         except OSError:
             pass  # a network file system without locks
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         self._file = file
         return None
 

@@ -50,15 +50,14 @@ class DistributedConfig(Config):
     def problems(self) -> list[str]:
         out = self._check_ints(1, "num_processes", "initialization_timeout", "heartbeat_timeout")
         out += self._check_ints(0, "process_id")
-        named = (self.coordinator_address, self.num_processes, self.process_id)
-        if None in named and any(value is not None for value in named):
+        names = "coordinator_address", "num_processes", "process_id"
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing and len(missing) < len(names):
             out.append(
-                "distributed.coordinator_address, num_processes and process_id go together:"
-                " give all three, or none"
+                "distributed.coordinator_address, num_processes and process_id go together;"
+                f" missing: {', '.join(missing)}"
             )
-        elif self.coordinator_address and not re.fullmatch(
-            r"\S+:\d{1,5}", self.coordinator_address
-        ):
+        if not re.fullmatch(r"\S+:\d{1,5}", self.coordinator_address or "none:0"):
             out.append(
                 f"distributed.coordinator_address {self.coordinator_address!r} is not host:port"
             )
@@ -133,11 +132,8 @@ class RuntimeConfig(Config):
         return out
 
     def divide_batch(self, config: TrainConfig, num_devices: int) -> int:
-        """Sequences of one device's micro-batch.
-
-        Raises:
-            UserError: the batch does not divide; names the nearest sizes that do.
-        """
+        """Sequences of one device's micro-batch. Raises UserError, with the nearest sizes that
+        divide, if the batch does not."""
         unit = num_devices * self.gradient_accumulation_steps
         if config.batch_size % unit:
             down = config.batch_size // unit * unit

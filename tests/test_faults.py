@@ -285,7 +285,7 @@ def test_data_cut_short_under_a_running_process_are_named(tmp_path, text_file, c
     os.truncate(path, 1000)
     assert_one_clear_line(finish(process), "train.bin is shorter than when it was opened", code=1)
     result = finish(start(tmp_path, cache_dir, *RUN))
-    assert_one_clear_line(result, "train.bin holds 500 tokens, but meta.json says")
+    assert_one_clear_line(result, "train.bin is damaged or was replaced: it has 1,000 bytes")
     path.write_bytes(whole)
     step = steps_of(tmp_path / "run")[-1]
     out = resumed(tmp_path, cache_dir, "--max-steps", str(step + 5))

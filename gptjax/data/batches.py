@@ -60,9 +60,8 @@ def windows_over(
         at_most: take only this many windows, evenly spaced over the text; always the same ones.
     """
     stride = stride or block_size
-    count = 0
-    if n_tokens >= 2:  # windows follow until one reaches the end of the text
-        count = 1 + max(0, -(-(n_tokens - block_size - 1) // stride))
+    # Windows follow until one reaches the end of the text.
+    count = 1 + max(0, -(-(n_tokens - block_size - 1) // stride)) if n_tokens >= 2 else 0
     numbers: Sequence[int] = range(count)
     if at_most is not None and at_most < count:
         numbers = [int(i) for i in np.linspace(0, count - 1, at_most)]
@@ -88,11 +87,8 @@ def window_batch(
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int | None) -> None:
-    """Check ids before they index the embedding, where JAX would clamp them silently.
-
-    Raises:
-        RunError: an id is not below the vocabulary's size.
-    """
+    """Raise RunError if an id is not below the vocabulary's size: before they index the embedding,
+    where JAX would clamp them silently."""
     if tokens.max() >= (vocab_size or 0):
         raise RunError(
             f"the data contain token id {tokens.max()}, but the vocabulary has {vocab_size} ids;"

@@ -1,30 +1,25 @@
 """Text into token files, in one streaming pass over any amount of text (see `token_files`)."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from gptjax import files
 from gptjax.config import DataConfig
 from gptjax.data import tokenizers
 from gptjax.data.corpus import find_files, read_pieces
-from gptjax.data.token_files import SPLITS, read_tokenizer
-from gptjax.data.tokenizers import (
-    CharTokenizer,
-    Gpt2Tokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from gptjax.data.token_files import read_tokenizer
+from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import RunError, UserError
 
 SENTENCEPIECE_SAMPLE = 10_000_000
@@ -41,9 +36,8 @@ def prepare(
     Uses `tokenizer` if given, else makes one of the kind that `config` names. Memory stays within
     a few hundred megabytes, however long the text. Progress and a summary go to `console`.
 
-    Raises:
-        UserError: the text is bad, `out` exists, or the vocabulary size does not suit the text.
-        RunError: the folder cannot be written (a full disk).
+    Raises UserError if the text is bad, `out` exists, or the vocabulary size does not suit the
+    text; RunError if the folder cannot be written (a full disk).
     """
     if files.is_remote(out):
         raise UserError(f"{out}: data sets are written to disk; name a folder on this machine")
@@ -51,51 +45,57 @@ def prepare(
         raise UserError(f"{out} exists already; choose another folder or delete it")
     paths = find_files(config.source)
     try:
-        with files.new_folder(out) as folder:
-            _prepare_into(folder, config, paths, console, tokenizer)
+        with (
+            files.new_folder(out) as folder,
+            Progress(console=console, disable=not console.is_terminal) as progress,
+        ):
+            meta = _prepare_into(folder, config, paths, progress, tokenizer)
     except OSError as error:
         if out.exists():
             return  # another process of this run made the same set meanwhile
         raise RunError(f"cannot write {out}: {error.strerror}") from None
+    console.print(
+        "prepared {characters:,} characters of {source} as {train_tokens:,} training and"
+        " {val_tokens:,} validation tokens ({tokenizer}, {vocab_size:,} ids)".format(**meta),
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _prepare_into(
     folder: Path,
     config: DataConfig,
     paths: list[Path],
-    console: Console,
+    progress: Progress,
     tokenizer: Tokenizer | None,
-) -> None:
+) -> dict[str, Any]:
+    """Write the files of a set; what its meta.json holds."""
     size = sum(path.stat().st_size for path in paths)
-    kind = tokenizer.kind if tokenizer else config.tokenizer
-    separator = "\n" if kind == "char" else None
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
-        reading = progress.add_task("reading the text", total=size)
-        characters, tokenizer = _survey(
-            config, read_pieces(paths, separator), size, tokenizer,
-            lambda n: progress.advance(reading, n),
-        )  # fmt: skip
-        progress.update(reading, completed=size)
-        dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-        encoding = progress.add_task(f"tokenising ({tokenizer.kind})", total=characters)
-        tokens = dict.fromkeys(SPLITS, 0)
-        with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
-            n_train = int(characters * (1 - config.val_fraction))
-            parts = _split(read_pieces(paths, separator), n_train)
-            for split, done, ids in _encode_in_order(parts, tokenizer):
-                (train if split == "train" else val).write(ids.astype(dtype).tobytes())
-                tokens[split] += len(ids)
-                progress.advance(encoding, done)
-            for file in (train, val):
-                file.flush()
-                os.fsync(file.fileno())
-    if min(tokens.values()) < 2:
+    separator = "\n" if (tokenizer.kind if tokenizer else config.tokenizer) == "char" else None
+
+    def pieces(description: str, total: int) -> Iterator[str | None]:
+        task = progress.add_task(description, total=total)
+        for piece in read_pieces(paths, separator):
+            yield piece
+            progress.advance(task, len(piece or ""))
+        progress.update(task, completed=total)
+
+    characters, tokenizer = _survey(config, pieces("reading the text", size), size, tokenizer)
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+    n_train = int(characters * (1 - config.val_fraction))
+    again = pieces(f"tokenising ({tokenizer.kind})", characters)
+    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
+        for for_train, for_val in _encode(again, n_train, tokenizer):
+            train.write(for_train.astype(dtype).tobytes())
+            val.write(for_val.astype(dtype).tobytes())
+        for file in (train, val):
+            file.flush()
+            os.fsync(file.fileno())
+        n_train, n_val = (file.tell() // dtype.itemsize for file in (train, val))
+    if min(n_train, n_val) < 2:
         raise UserError(
-            f"{config.source} gives {tokens['train']} training and {tokens['val']} validation"
-            " tokens; expected at least 2 of each: use more text or another val_fraction"
+            f"{config.source} gives {n_train} training and {n_val} validation tokens; expected at"
+            " least 2 of each: use more text or another val_fraction"
         )
     meta = {
         "source": config.source,
@@ -103,25 +103,16 @@ def _prepare_into(
         "vocab_size": tokenizer.n_vocab,
         "dtype": dtype.name,
         "characters": characters,
-        "train_tokens": tokens["train"],
-        "val_tokens": tokens["val"],
+        "train_tokens": n_train,
+        "val_tokens": n_val,
     }
     (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer))
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    console.print(
-        f"prepared {characters:,} characters of {config.source} as {tokens['train']:,} training and"
-        f" {tokens['val']:,} validation tokens ({tokenizer.kind}, {tokenizer.n_vocab:,} ids)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    return meta
 
 
 def _survey(
-    config: DataConfig,
-    pieces: Iterator[str | None],
-    size: int,
-    tokenizer: Tokenizer | None,
-    advance: Callable[[int], None],
+    config: DataConfig, pieces: Iterator[str | None], size: int, tokenizer: Tokenizer | None
 ) -> tuple[int, Tokenizer]:
     """Read all of the text once: (its characters, `tokenizer` or a new one for this text)."""
     kind = None if tokenizer else config.tokenizer
@@ -132,7 +123,6 @@ def _survey(
     for piece in pieces:
         piece = piece or ""
         characters += len(piece)
-        advance(len(piece))
         if kind == "char":
             alphabet.update(piece)
         elif kind == "sentencepiece":
@@ -147,36 +137,28 @@ def _survey(
     return characters, tokenizer or Gpt2Tokenizer()
 
 
-def _split(pieces: Iterator[str | None], n_train: int) -> Iterator[tuple[str, str | None]]:
-    """(split, piece): the first `n_train` characters are for training, as in nanoGPT."""
-    for piece in pieces:
-        if piece is None or len(piece) <= n_train or n_train <= 0:
-            yield ("train" if n_train > 0 else "val"), piece
-        else:
-            yield "train", piece[:n_train]
-            yield "val", piece[n_train:]
-        n_train -= len(piece or "")
+def _encode(
+    pieces: Iterator[str | None], n_train: int, tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids for training, for validation) of each piece: the first `n_train` characters are for
+    training, as in nanoGPT. On all cores: tiktoken and sentencepiece release the GIL."""
+    none = np.zeros(0, np.int32)
 
-
-def _encode_in_order(
-    parts: Iterator[tuple[str, str | None]], tokenizer: Tokenizer
-) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(split, characters, ids), in order, encoded on all cores: tiktoken and sentencepiece release
-    the GIL."""
-
-    def encode(split: str, piece: str | None) -> tuple[str, int, np.ndarray]:
+    def encode(piece: str | None, left: int) -> tuple[np.ndarray, np.ndarray]:
+        """`left`: so many more characters are for training."""
         if piece is None:
-            return split, 0, np.array([tokenizer.eot], dtype=np.int32)
-        return split, len(piece), tokenizer.encode(piece)
+            end = np.array([tokenizer.eot], np.int32)
+            return (end, none) if left > 0 else (none, end)
+        cut = max(0, left)
+        return tokenizer.encode(piece[:cut]), tokenizer.encode(piece[cut:])
 
-    pending: deque[Future[tuple[str, int, np.ndarray]]] = deque()
+    left = n_train
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        for split, piece in parts:
-            pending.append(pool.submit(encode, split, piece))
-            if len(pending) > IN_FLIGHT:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        while batch := list(itertools.islice(pieces, IN_FLIGHT)):
+            lengths = (-len(piece or "") for piece in batch)
+            lefts = list(itertools.accumulate(lengths, initial=left))
+            yield from pool.map(encode, batch, lefts)
+            left = lefts[-1]
 
 
 def default_name(config: DataConfig) -> str:
@@ -189,10 +171,7 @@ def default_name(config: DataConfig) -> str:
 
 def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """data/NAME-TOKENIZER-DIGEST: another text, setting or given tokenizer has another folder.
-
-    Raises:
-        UserError: there is no text.
-    """
+    Raises UserError if there is no text."""
     stats = [(p, p.stat()) for p in find_files(config.source)]
     recipe: list[Any] = [config.tokenizer, config.val_fraction]
     recipe.append([(str(p.resolve()), stat.st_size, stat.st_mtime_ns) for p, stat in stats])

@@ -39,21 +39,14 @@ class TokenFile:
     def __getitem__(self, part: slice) -> np.ndarray:
         """Raises RunError if the file cannot be read, or is shorter than when it was opened."""
         start, stop, _ = part.indices(self._length)
-        size = max(0, stop - start) * self.dtype.itemsize
-        offset, blocks = start * self.dtype.itemsize, list[bytes]()
-        try:
-            # A read may return less than it was asked for.
-            while size and (block := os.pread(self._file.fileno(), size, offset)):
-                blocks.append(block)
-                offset, size = offset + len(block), size - len(block)
-        except OSError as error:
-            raise RunError(f"cannot read {self.path}: {error.strerror}") from None
-        if size:
+        self._file.seek(start * self.dtype.itemsize)
+        found = np.fromfile(self._file, self.dtype, max(0, stop - start))
+        if len(found) < stop - start:
             raise RunError(
-                f"{self.path} is shorter than when it was opened; restore it or prepare it again,"
-                " and resume"
+                f"{self.path} is shorter than when it was opened, or cannot be read; restore it or"
+                " prepare it again, and resume"
             )
-        return np.frombuffer(b"".join(blocks), self.dtype)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +65,13 @@ class Dataset:
 def load(folder: Path) -> Dataset:
     """Open a prepared set, or nanoGPT's (without running what its meta.pkl may contain).
 
-    Raises:
-        UserError: files are missing, damaged, of another length than recorded, or hold token ids
-            that the tokenizer does not have.
+    Raises UserError if files are missing, damaged, of another length than recorded, or hold token
+    ids that the tokenizer does not have.
     """
-    if files.is_remote(folder):
-        raise UserError(f"{folder}: data sets are read from disk; copy the folder here first")
-    if not all((folder / f"{split}.bin").is_file() for split in SPLITS):
+    if files.is_remote(folder) or not all((folder / f"{s}.bin").is_file() for s in SPLITS):
         raise UserError(
-            f"{folder} is not a prepared data set: expected train.bin and val.bin in it"
-            " (python -m gptjax data SOURCE --out FOLDER makes one)"
+            f"{folder} is not a prepared data set on this machine's disk: expected train.bin and"
+            " val.bin in it (python -m gptjax data SOURCE --out FOLDER makes one)"
         )
     meta = _read_meta(folder) if (folder / "meta.json").is_file() else {}
     # nanoGPT's sets without a meta.pkl hold GPT-2's tokens.
@@ -90,18 +80,14 @@ def load(folder: Path) -> Dataset:
     digest, splits = hashlib.sha256(), list[TokenFile]()
     for split in SPLITS:
         path = folder / f"{split}.bin"
-        size = path.stat().st_size
-        if size % dtype.itemsize or size == 0:
-            raise UserError(f"{path} is damaged: {size} bytes are not whole {dtype.name} tokens")
-        tokens = TokenFile(path, dtype)
-        recorded = meta.get(f"{split}_tokens", len(tokens))
-        if len(tokens) != recorded:
+        size, tokens = path.stat().st_size, TokenFile(path, dtype)
+        # Of nanoGPT's sets the length is not recorded. One token is nothing to predict.
+        expected = max(2, meta.get(f"{split}_tokens", len(tokens)))
+        if size != expected * dtype.itemsize:
             raise UserError(
-                f"{path} holds {len(tokens):,} tokens, but meta.json says {recorded:,}: it is"
-                " damaged or was replaced; prepare it again"
+                f"{path} is damaged or was replaced: it has {size:,} bytes, not {expected:,}"
+                f" {dtype.name} tokens; prepare it again"
             )
-        if split == "val" and len(tokens) < 2:
-            raise UserError(f"{path} holds one token; there is nothing to predict in it")
         largest = _digest_sample(tokens, digest)
         if largest >= tokenizer.n_vocab:
             raise UserError(
@@ -115,17 +101,16 @@ def load(folder: Path) -> Dataset:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
-    try:
-        meta = files.read_json(path)
-    except UserError as error:
-        raise UserError(f"{error}; prepare the set again") from None
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} is damaged: no tokenizer.json; prepare it again")
-    if not isinstance(meta, dict) or meta.get("dtype") not in ("uint16", "uint32"):
-        raise UserError(f"{path} is damaged: expected an object with dtype uint16 or uint32")
-    if not all(isinstance(meta.get(f"{split}_tokens"), int) for split in SPLITS):
-        raise UserError(f"{path} is damaged: expected whole numbers train_tokens and val_tokens")
-    return meta
+    meta = files.read_json(path)
+    fields = meta if isinstance(meta, dict) else {}
+    counts = {type(fields.get(f"{split}_tokens")) for split in SPLITS}
+    whole = counts == {int} and (folder / "tokenizer.json").is_file()
+    if not whole or fields.get("dtype") not in ("uint16", "uint32"):
+        raise UserError(
+            f"{path} is damaged: expected dtype uint16 or uint32, whole numbers train_tokens and"
+            " val_tokens, and a tokenizer.json beside it; prepare the set again"
+        )
+    return fields
 
 
 def _digest_sample(tokens: TokenFile, digest: Any) -> int:
@@ -162,10 +147,7 @@ class PlainUnpickler(pickle._Unpickler):
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder with our tokenizer.json or nanoGPT's meta.pkl (`itos`: id ->
-    character); None if it has neither.
-
-    Raises:
-        UserError: the file is damaged, or would run code.
+    character); None if it has neither. Raises UserError if the file is damaged, or would run code.
     """
     path = folder / "tokenizer.json"
     if path.is_file():

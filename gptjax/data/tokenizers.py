@@ -22,12 +22,6 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_SHA256 = "50fa6e3913609e5a8339bb9d9b90931b8272ced6502789605af2b4e9576fea4d"
 """Of GPT-2's pieces, concatenated in the order of their ids."""
 
-LONG_SPACE = 400_000
-"""Characters. tiktoken's regular expression overflows its stack on a million characters of white
-space in a row; runs at least this long are cut out before it sees them."""
-
-_SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
-
 
 class Tokenizer(Protocol):
     """What the rest of the package knows about a tokenizer."""
@@ -39,24 +33,16 @@ class Tokenizer(Protocol):
     @property
     def eot(self) -> int | None:
         """The end-of-text id, which separates documents; None if the tokenizer has none."""
-        ...
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         """int32 [n] ids. `decode(encode(text)) == text` for every text the tokenizer can represent.
-
-        Raises:
-            UserError: the text has a character it cannot represent, unless `skip_unknown`, which
-                leaves such characters out.
-        """
-        ...
+        Raises UserError for a character it cannot represent; `skip_unknown` leaves those out."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; an incomplete UTF-8 sequence becomes U+FFFD."""
-        ...
 
     def state(self) -> dict[str, Any]:
         """Everything it consists of, as JSON values; `from_state` rebuilds it without a network."""
-        ...
 
 
 class CharTokenizer:
@@ -71,18 +57,16 @@ class CharTokenizer:
             raise ValueError("a character is listed twice")
         self.characters = characters
         self.n_vocab = len(characters)
-        self._code_points = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
-        self._ids = np.full(int(self._code_points.max(initial=0)) + 1, -1, dtype=np.int32)
-        self._ids[self._code_points] = np.arange(self.n_vocab)
+        points = np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
+        # By code point, -1 for unknown ones; the last stands for all that follow.
+        self._ids = np.full(int(points.max(initial=0)) + 2, -1, dtype=np.int32)
+        self._ids[points] = np.arange(self.n_vocab)
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         # surrogatepass: a lone surrogate is an unknown character, not a crash.
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        known = points < len(self._ids)
-        ids = np.where(known, self._ids[np.where(known, points, 0)], -1)
-        if (ids >= 0).all():
-            return ids
-        if skip_unknown:
+        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
+        if skip_unknown or (ids >= 0).all():
             return ids[ids >= 0]
         at = int(np.argmax(ids < 0))
         char, around = text[at], text[max(0, at - 20) : at + 20]
@@ -103,15 +87,17 @@ class Gpt2Tokenizer:
 
     kind: TokenizerKind = "gpt2"
     # Contractions; then words, numbers and other symbols, each with at most one leading space; then
-    # white space: the pre-tokenisation of GPT-2's released encoder.
-    PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    # white space: the pre-tokenisation of GPT-2's released encoder. For white space that one has
+    # `\s+(?!\S)|\s+`, which overflows tiktoken's stack on a million characters in a row. Taking a
+    # thousand at a time, and never giving them back, matches the same.
+    PATTERN = (
+        r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
+        r"|(?:\s{1000}(?=\s\s))*+\s{1,1001}(?!\S)|\s+"
+    )
 
     def __init__(self, ranks: dict[bytes, int] | None = None):
-        """`ranks`: bytes of a piece -> its id. None: GPT-2's own, which tiktoken downloads once.
-
-        Raises:
-            UserError: GPT-2's could not be downloaded.
-        """
+        """`ranks`: bytes of a piece -> its id. None: GPT-2's own, which tiktoken downloads once
+        (UserError if it cannot)."""
         if ranks is None:
             try:
                 ranks = openai_public.gpt2()["mergeable_ranks"]
@@ -123,6 +109,7 @@ class Gpt2Tokenizer:
                 ) from None
         assert ranks is not None
         self.ranks = ranks
+        self.pieces = sorted(ranks, key=ranks.__getitem__)
         self.eot = len(ranks)
         self.n_vocab = len(ranks) + 1
         self._encoding = tiktoken.Encoding(
@@ -135,28 +122,18 @@ class Gpt2Tokenizer:
     @property
     def is_gpt2s_own(self) -> bool:
         """Whether the pieces are GPT-2's; False for another encoding of the same kind."""
-        pieces = b"".join(sorted(self.ranks, key=lambda piece: self.ranks[piece]))
-        return hashlib.sha256(pieces).hexdigest() == GPT2_SHA256
+        return hashlib.sha256(b"".join(self.pieces)).hexdigest() == GPT2_SHA256
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
-        # encode_ordinary: "<|endoftext|>" inside a text is text, not the end-of-text token.
-        ids, at = list[int](), 0
-        if any(map(str.isspace, text[::LONG_SPACE])):  # else no run of white space is that long
-            for run in re.finditer(f"(?<!{_SPACE}){_SPACE}{{{LONG_SPACE},}}", text):
-                # What the pattern does: one piece, except the last space before a word.
-                end = run.end() if run.end() == len(text) else run.end() - 1
-                ids += self._encoding.encode_ordinary(text[at : run.start()])
-                ids += self._encoding._encode_single_piece(text[run.start() : end])
-                at = end
-        return np.array(ids + self._encoding.encode_ordinary(text[at:]), dtype=np.int32)
+        # "<|endoftext|>" inside a text is text, not the end-of-text token.
+        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(list(map(int, ids)))
 
     def state(self) -> dict[str, Any]:
-        by_rank = sorted(self.ranks, key=self.ranks.__getitem__)
-        lines = [base64.b64encode(piece).decode() for piece in by_rank]
-        return {"kind": self.kind, "pieces": " ".join(lines)}
+        pieces = " ".join(base64.b64encode(piece).decode() for piece in self.pieces)
+        return {"kind": self.kind, "pieces": pieces}
 
 
 class SentencePieceTokenizer:
@@ -182,11 +159,8 @@ class SentencePieceTokenizer:
 
     @classmethod
     def train(cls, pieces: Iterable[str], vocab_size: int) -> "SentencePieceTokenizer":
-        """Train on `pieces` of text.
-
-        Raises:
-            UserError: the text is too short, or has too many characters, for `vocab_size` pieces.
-        """
+        """Train on `pieces` of text. Raises UserError if it is too short, or has too many
+        characters, for `vocab_size` pieces."""
         # The trainer skips long lines, and takes no line ends: those get a piece of their own.
         lines = (
             line[at : at + 1000]
@@ -249,11 +223,8 @@ class SentencePieceTokenizer:
 
 
 def from_state(state: Any, where: str) -> Tokenizer:
-    """The tokenizer that `state()` described; `where` names the source in errors.
-
-    Raises:
-        UserError: `state` describes none.
-    """
+    """The tokenizer that `state()` described. Raises UserError if it describes none; `where` names
+    its source then."""
     try:
         match state["kind"]:
             case "char":
@@ -268,7 +239,7 @@ def from_state(state: Any, where: str) -> Tokenizer:
             case "sentencepiece":
                 return SentencePieceTokenizer(base64.b64decode(state["model"]))
             case kind:
-                raise UserError(f"{where}: unknown tokenizer {quoted(kind)}")
+                raise ValueError(f"unknown kind {quoted(kind)}")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise UserError(f"{where} does not describe a tokenizer: {quoted(error)}") from None
 

@@ -30,11 +30,8 @@ class Strategy(abc.ABC):
 
     def targets(self, shapes: Any) -> Any:
         """A `jax.ShapeDtypeStruct` with its sharding for each array: what to restore into."""
-
-        def target(x: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(target, shapes, self.shardings(shapes))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+        return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, self.shardings(shapes))
 
     def initialise(self, make: Callable[..., Any], *args: Any) -> Any:
         """`make(*args)`; its result and `args` are in the layout for saving."""
@@ -59,12 +56,10 @@ class Strategy(abc.ABC):
         return TrainStep(self, step, accumulation_steps)
 
     def map_eval_step(self, step: Callable[..., jax.Array]) -> Callable[..., Any]:
-        """`step(params, windows, weights) -> float32 [b]` over all devices.
-
-        The result takes parameters in the layout for training, this host's int32 windows
-        [R, T + 1], its weights [R, T] and its stop signal (default 0). It returns the numbers for
-        the rows of all hosts and the largest stop signal, and waits for them.
-        """
+        """`step(params, windows, weights) -> float32 [b]` over all devices. The result takes
+        parameters in the layout for training, this host's int32 windows [R, T + 1], its weights
+        [R, T] and its stop signal (default 0). It returns the numbers for the rows of all hosts
+        and the largest stop signal, and waits for them."""
 
         def gathered(params: Any, windows: jax.Array, weights: jax.Array, stop: jax.Array) -> Any:
             return self.gather(step(params, windows, weights)), self.gather(stop).max()
@@ -72,8 +67,7 @@ class Strategy(abc.ABC):
         mapped = self.map(gathered)
 
         def run(params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0) -> Any:
-            parts = windows, weights, self.signal(stop)
-            found = mapped(params, *(self.distribute(part) for part in parts))
+            found = mapped(params, *map(self.distribute, (windows, weights, self.signal(stop))))
             sums, largest = (np.asarray(first_shard(x)).reshape(-1) for x in found)
             return sums, int(largest[0])
 
@@ -116,20 +110,15 @@ class TrainStep:
         self._strategy, self._accumulation_steps = strategy, accumulation_steps
 
     def __call__(self, state: Any, windows: np.ndarray, stop: int = 0) -> tuple[Any, Metrics]:
-        """(the next state, metrics).
-
-        Args:
-            state: in the layout for training. It is donated: its arrays cannot be used again.
-            windows: int32 [R, T + 1], this host's rows of the batch (`host_rows`).
-            stop: this host's stop signal. The metrics contain the largest of all hosts' as `stop`,
-                so that all learn of it after the same step.
-        """
+        """(the next state, metrics). `state`, in the layout for training, is donated: its arrays
+        cannot be used again. `windows`: int32 [R, T + 1], this host's rows of the batch
+        (`host_rows`). `stop`: this host's stop signal; the metrics contain the largest of all
+        hosts' as `stop`, so that all learn of it after the same step."""
         return self._mapped(state, *self._inputs(windows, stop))
 
     def _inputs(self, windows: np.ndarray, stop: int, **options: bool) -> tuple[Batch, Any]:
         distribute = self._strategy.distribute
-        first = jax.process_index() * len(windows)
-        rows = np.arange(first, first + len(windows), dtype=np.int32)
+        rows = np.arange(len(windows), dtype=np.int32) + jax.process_index() * len(windows)
         parts = (distribute(x, self._accumulation_steps, **options) for x in (windows, rows))
         return Batch(*parts), distribute(self._strategy.signal(stop), **options)
 

@@ -3,7 +3,6 @@ EPYC with JAX 0.10, and which name in GPTJAX_TRICKS turns it off (see `gptjax.tr
 
 import ctypes
 import os
-import sys
 
 import jax
 
@@ -30,22 +29,18 @@ def keep_freed_memory(num_parameters: int) -> None:
     poor measure, because activations count: the quickstart, 16 x 128 tokens, stays below the limit
     and has 8.9 million page faults in 200 steps, and 20k tokens/s where it could have 38k.)
     """
-    if tricks.enabled("malloc"):
-        one_arena = {M_ARENA_MAX: 1} if num_parameters > OUTGROWS_ARENAS else {}
-        _set_malloc(KEEP_FREED_MEMORY | one_arena)
+    one_arena = {M_ARENA_MAX: 1} if num_parameters > OUTGROWS_ARENAS else {}
+    _set_malloc(KEEP_FREED_MEMORY | one_arena)
 
 
 def restore_malloc_defaults() -> None:
     """Undo `keep_freed_memory`, where the accelerator turns out to do the work."""
-    if tricks.enabled("malloc"):
-        _set_malloc(MALLOC_DEFAULTS)
+    _set_malloc(MALLOC_DEFAULTS)
 
 
 def _set_malloc(options: dict[int, int]) -> None:
-    if not sys.platform.startswith("linux"):
-        return
     library = ctypes.CDLL(None)
-    if hasattr(library, "gnu_get_libc_version"):
+    if tricks.enabled("malloc") and hasattr(library, "gnu_get_libc_version"):
         for option, value in options.items():
             library.mallopt(option, value)
 

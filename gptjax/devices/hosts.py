@@ -21,18 +21,21 @@ SHUTDOWN_TIMEOUT = 600
 
 
 def join(config: DistributedConfig, *, tpu: bool) -> None:
-    """Connect with the other hosts, if there are any; `tpu`: whether this run may use TPUs.
-
-    Raises:
-        UserError: what is known of the others is wrong or incomplete.
-        RunError: they cannot be reached.
-    """
+    """Connect with the other hosts, if there are any; `tpu`: whether this run may use TPUs. Raises
+    UserError if what is known of them is wrong or incomplete, RunError if none can be reached."""
     known = find(config, tpu=tpu)
     if known is None:
         return
     address = known["coordinator_address"]
     if known["process_id"] == 0 and address:
-        _check_port(int(address.rpartition(":")[2]))
+        port = address.rpartition(":")[2]
+        try:  # JAX would crash
+            socket.create_server(("", int(port))).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"process 0 cannot listen on port {port}: {error}; end the process that uses it"
+                " (another process 0?), or choose another port on all hosts"
+            ) from None
     at = f" at {address}" if address else ""
     monitor = peer_failure.PeerMonitor(
         f"the hosts did not connect{at} within {config.initialization_timeout} s"
@@ -53,7 +56,7 @@ def join(config: DistributedConfig, *, tpu: bool) -> None:
         )
     except (ValueError, RuntimeError, OSError, LookupError, TypeError) as error:
         unknown = isinstance(error, OSError) or "coordinator_address should be" in str(error)
-        if tpu and unknown and not any(known.values()):
+        if tpu and unknown and not address:
             monitor.stop()  # a TPU machine without a metadata server to ask about others
             print(
                 f"warning: no other hosts were found ({first_line(error)}); this one trains alone"
@@ -75,63 +78,39 @@ def find(config: DistributedConfig, *, tpu: bool) -> dict[str, Any] | None:
     """Arguments for `jax.distributed.initialize`; None: this process is alone.
 
     They come from flags; else from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES (1: alone, whatever
-    else is set) and JAX_PROCESS_ID; else from what SLURM or a TPU pod says.
-
-    Raises:
-        UserError: they are incomplete or out of range.
+    else is set) and JAX_PROCESS_ID; else from what SLURM or a TPU pod says. Raises UserError if
+    they are incomplete or out of range.
     """
     env = os.environ
-    address = config.coordinator_address or env.get("JAX_COORDINATOR_ADDRESS")
-    count, number = config.num_processes, config.process_id
-    try:
-        if count is None and env.get("JAX_NUM_PROCESSES"):
-            count = int(env["JAX_NUM_PROCESSES"])
-        if number is None and env.get("JAX_PROCESS_ID"):
-            number = int(env["JAX_PROCESS_ID"])
-        if count == 1:
-            return None
-        # Check variables as flags are checked, with something valid in place of what is missing.
-        at_least = (number or 0) + 1 if count is None else count
-        DistributedConfig(address or "unknown:0", at_least, number or 0)
-    except ValueError as error:
-        raise UserError(f"JAX_COORDINATOR_ADDRESS, _NUM_PROCESSES, _PROCESS_ID: {error}") from None
+    address, count, number = config.coordinator_address, config.num_processes, config.process_id
+    if address is None:
+        names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+        address, *texts = (env.get(name) or None for name in names)
+        try:
+            count, number = (int(text) if text else None for text in texts)
+            if count != 1:
+                DistributedConfig(address, count, number)  # checks variables as flags are checked
+        except ValueError as error:
+            raise UserError(f"{', '.join(names)}: {error}") from None
+    if count == 1:
+        return None
     known = {"coordinator_address": address, "num_processes": count, "process_id": number}
-    if None not in known.values():
+    if address:
         return known | {"cluster_detection_method": "deactivate"}
     # JAX asks the launcher for what is None here. SLURM_NTASKS by itself is set for a whole
     # allocation, in whose shell a single process runs.
-    if not address and "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
+    if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:
         tasks = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
-        # JAX gives each task one GPU; a task that has a node to itself shall use all of its GPUs.
+        # JAX gives each task one GPU; one that has a node to itself shall use all of its GPUs.
         one_task_per_node = env.get("SLURM_STEP_NUM_NODES") == str(tasks)
-        if tasks > 1:
-            return known | ({"local_device_ids": []} if one_task_per_node else {})
-        return None
-    if tpu and not address:
+        gpus: dict[str, Any] = {"local_device_ids": []} if one_task_per_node else {}
+        return known | gpus if tasks > 1 else None
+    if tpu:
         # GKE names the workers; elsewhere JAX asks the VM's metadata server.
         workers = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
         several = "," in workers if workers else "TPU_SKIP_MDS_QUERY" not in env
         return known if several or int(env.get("MEGASCALE_NUM_SLICES") or 1) > 1 else None
-    if any(value is not None for value in known.values()):
-        missing = ", ".join(f"JAX_{name.upper()}" for name, value in known.items() if value is None)
-        raise UserError(
-            "several hosts need JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and"
-            f" JAX_PROCESS_ID (or the flags --distributed.*); missing: {missing}"
-        )
     return None
-
-
-def _check_port(port: int) -> None:
-    """JAX would crash."""
-    try:
-        with socket.socket() as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(("", port))
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"process 0 cannot listen on port {port}: {error}; end the process that uses it"
-            " (another process 0?), or choose another port on all hosts"
-        ) from None
 
 
 def barrier() -> None:
@@ -141,16 +120,16 @@ def barrier() -> None:
     if jax.process_count() == 1:
         return
     sys.stdout.flush()
-    stdout, devnull = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 1)  # Gloo prints a greeting
+    stdout = os.dup(1)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 1)  # Gloo prints a greeting
     try:
+        all_gather(0)  # waits for the first device only; the sum waits for all of them
         total = jax.pmap(lambda x: jax.lax.psum(x, "devices"), axis_name="devices")
         total(np.ones(jax.local_device_count(), np.int32)).block_until_ready()
-        all_gather(0)
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
-        os.close(devnull)
 
 
 def all_gather(value: int) -> list[int]:

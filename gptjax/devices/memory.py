@@ -71,12 +71,8 @@ def available(gib: float | None) -> tuple[float, str]:
 
 
 def dry_run(config: TrainConfig, runtime: RuntimeConfig) -> None:
-    """Compile the training step; print how much memory it needs and whether it fits.
-
-    Raises:
-        UserError: there are several hosts.
-        RunError: it does not fit.
-    """
+    """Compile the training step; print how much memory it needs and whether it fits (RunError if it
+    does not). Raises UserError if there are several hosts."""
     if setup.host_count() > 1:
         raise UserError(
             "a dry run takes one host: on any machine, --device cpu --num-devices N stands for N"
@@ -86,14 +82,14 @@ def dry_run(config: TrainConfig, runtime: RuntimeConfig) -> None:
     found = step_memory(config, runtime)
     seconds = time.perf_counter() - began
     have, source = available(runtime.device_memory)
-    model = config.model
+    model, state = config.model, _gib(found.state)
     print(
         f"model      {model.num_parameters():,} parameters, batch {config.batch_size} x"
         f" {model.block_size}\n"
         f"devices    {setup.describe()}, {runtime.strategy}, computing in"
         f" {compute_dtype(model).name}; compiled in {seconds:.1f} s\n"
-        f"each       {_gib(found.state)} for the state, {_gib(found.step)} more for a step,"
-        f" {_gib(found.state)} more while a checkpoint is written"
+        f"each       {state} for the state, {_gib(found.step)} more for a step, {state} more while"
+        " a checkpoint is written"
     )
     of = f"{_gib(found.peak)} of {_gib(have)} ({source})"
     if found.peak > have:

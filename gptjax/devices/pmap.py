@@ -47,10 +47,8 @@ class Pmap(Strategy):
         return rows.reshape(self.local_count, *steps, -1, *rows.shape[1:])
 
     def abstract_state(self, shapes: Any) -> Any:
-        def stacked(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((self.local_count, *x.shape), x.dtype)
-
-        return jax.tree.map(stacked, shapes)
+        count = self.local_count
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), shapes)
 
     def gather(self, rows: jax.Array) -> jax.Array:
         return jax.lax.all_gather(rows, self.axis_name, tiled=True)

@@ -28,10 +28,8 @@ def start(runtime: RuntimeConfig, num_parameters: int) -> None:
     device, unless JAX_NUM_CPU_DEVICES says otherwise); prepare for a model of `num_parameters`.
     Call before anything else uses JAX.
 
-    Raises:
-        UserError: there is no device of this kind, what is known of the other hosts is wrong or
-            incomplete, or JAX has been used with another number of CPU devices.
-        RunError: the other hosts cannot be reached.
+    Raises UserError if there is no device of this kind, JAX has been used with another number of
+    CPU devices, or as `hosts.join`.
     """
     if runtime.device in ("auto", "cpu"):
         cpu.keep_freed_memory(num_parameters)
@@ -56,11 +54,8 @@ def start(runtime: RuntimeConfig, num_parameters: int) -> None:
 
 
 def select_platform(kind: DeviceKind) -> None:
-    """Compute on this kind of device; "auto" takes the fastest kind there is.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """Compute on this kind of device; "auto" takes the fastest kind there is. Raises UserError if
+    there is no such device."""
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if kind not in ("auto", jax.default_backend()):
@@ -79,12 +74,11 @@ def use_compilation_cache(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Not by JAX's own limit: for that it writes two files per program, and a kill between them
         # disables its cache for good.
-        files = [(file.stat(), file) for file in folder.iterdir() if file.is_file()]
-        excess = sum(stat.st_size for stat, _ in files) - COMPILATION_CACHE_BYTES
-        for stat, file in sorted(files, key=lambda pair: pair[0].st_mtime):
-            if excess > 0:
+        kept = 0
+        for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True):
+            kept += file.stat().st_size
+            if kept > COMPILATION_CACHE_BYTES:
                 file.unlink(missing_ok=True)
-                excess -= stat.st_size
     except OSError:
         return
     # Nor is a full disk worth a warning.
@@ -102,14 +96,11 @@ def resolve_dtype(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, dtype="float32" if cpu_only else "bfloat16")
 
 
-def device_count() -> int:
-    """Devices of all hosts together."""
-    return jax.device_count()
+device_count = jax.device_count
+"""Devices of all hosts together."""
 
-
-def host_count() -> int:
-    """Processes that train together."""
-    return jax.process_count()
+host_count = jax.process_count
+"""Processes that train together."""
 
 
 def is_main_host() -> bool:
@@ -125,7 +116,8 @@ def describe() -> str:
 
 def peak_flops() -> float | None:
     """bfloat16 FLOP/s of all devices together; None where that is not known."""
-    kind = jax.devices()[0].device_kind
+    devices = jax.devices()
+    kind = devices[0].device_kind
     # The longest name that fits: "NVIDIA H100 80GB HBM3" is an H100, not an L4.
     names = [n for n in PEAK_FLOPS if kind == n or kind.startswith((n + " ", n + "-"))]
-    return PEAK_FLOPS[max(names, key=len)] * device_count() if names else None
+    return PEAK_FLOPS[max(names, key=len)] * len(devices) if names else None

@@ -48,9 +48,9 @@ def test_files_folders_and_globs_are_found_in_order(tmp_path, monkeypatch):
     [
         ("nope.txt", "no text at 'nope.txt'"),
         ("*.md", "no text at"),
-        ("https://host/a.txt", "download it"),
-        ("gs://bucket/a.txt", "download it"),
-        ("empty", "contains no .txt or .jsonl file"),
+        ("https://host/a.txt", "'https://host/a.txt': expected builtin"),
+        ("gs://bucket/a.txt", "on a disk of this machine"),
+        ("empty", "no text at 'empty': expected builtin"),
         (None, "--data.source"),
     ],
 )
@@ -111,16 +111,17 @@ def test_jsonl_gives_one_document_a_line(tmp_path):
     ("name", "content", "words"),
     [
         ("a.txt", b"", "is empty"),
-        ("a.txt", b"abc\0def", "looks binary (a NUL byte at 3)"),
-        ("a.txt", b"abc \xff\xfe", "is not UTF-8 (byte 0xff at 4)"),
-        ("a.txt", b"abcdefg\xc3\xc3", "is not UTF-8 (byte 0xc3 at 7)"),
-        ("a.txt", "é".encode()[:1], "is not UTF-8 (byte 0xc3 at 0)"),
+        ("a.txt", b"\xef\xbb\xbf", "is empty"),
+        ("a.txt", b"abc\0def", "is not UTF-8 text (byte 0x00 at 3)"),
+        ("a.txt", b"abc \xff\xfe", "is not UTF-8 text (byte 0xff at 4)"),
+        ("a.txt", b"abcdefg\xc3\xc3", "is not UTF-8 text (byte 0xc3 at 7)"),
+        ("a.txt", "é".encode()[:1], "is not UTF-8 text (byte 0xc3 at 0)"),
         ("a.jsonl", b"", "is empty"),
-        ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not JSON"),
-        ("a.jsonl", b'\n{"body": "x", "id": 1}', "line 2 has no string field `text` (it has body"),
-        ("a.jsonl", b'["text"]', "line 1 has no string field"),
-        ("a.jsonl", b'{"text": 3}', "line 1 has no string field `text` (it has text: 3)"),
-        ("a.jsonl", b"\xff", "line 1 is not JSON in UTF-8"),
+        ("a.jsonl", b'{"text": "x"}\n{', "line 2 is not a JSON object in UTF-8 with a string"),
+        ("a.jsonl", b'\n{"body": "x", "id": 1}', 'with a string `text`: {"body": "x", "id": 1}'),
+        ("a.jsonl", b'["text"]', "line 1 is not a JSON object"),
+        ("a.jsonl", b'{"text": 3}', 'with a string `text`: {"text": 3}'),
+        ("a.jsonl", b"\xff", "line 1 is not a JSON object in UTF-8"),
     ],
 )
 @pytest.mark.parametrize("size", [4, corpus.READ_BYTES])
@@ -132,9 +133,7 @@ def test_a_bad_file_is_named_with_the_position(tmp_path, monkeypatch, name, cont
     assert str(tmp_path / name) in str(caught.value) and words in str(caught.value)
 
 
-@given(
-    st.binary(max_size=30) | damaged("aé中😀\ufeff \n".encode() * 3), st.integers(3, 9)
-)  # 3: a byte order mark is read at once
+@given(st.binary(max_size=30) | damaged("aé中😀\ufeff \n".encode() * 3), st.integers(1, 9))
 def test_text_is_read_exactly_where_it_is_utf8_without_nul(tmp_path_factory, content, size):
     path = tmp_path_factory.mktemp("t") / "t.txt"
     path.write_bytes(content)
@@ -159,7 +158,7 @@ def test_damaged_jsonl_is_read_or_refused(tmp_path_factory, content):
 def test_shakespeare_offline_says_where_to_put_the_file(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(corpus, "SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
-    with pytest.raises(UserError, match=f"put the file from .* at {tmp_path}/tinyshakespeare.txt"):
+    with pytest.raises(UserError, match=f"{tmp_path}/tinyshakespeare.txt .*; put the file from"):
         corpus.find_files("shakespeare")
 
 

@@ -47,16 +47,26 @@ def test_gpt2_ids_are_the_documented_ones(gpt2):
     assert gpt2.is_gpt2s_own
 
 
-@given(st.text(alphabet="a1' \n\t\u2003\x1c\x85é", max_size=60))
-def test_long_white_space_is_cut_out_without_a_change_of_tokens(gpt2, text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "LONG_SPACE", 2)
-        ours = gpt2.encode(text)
-    assert ours.tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
+@given(st.text(alphabet="a1' \n\t\u2003\x1c\x85é", max_size=60), st.sampled_from("23"))
+def test_white_space_is_taken_in_parts_without_a_change_of_tokens(byte_pairs, text, at_once):
+    ours, released = (
+        tiktoken.Encoding("", pat_str=p, mergeable_ranks=byte_pairs.ranks, special_tokens={})
+        for p in (
+            byte_pairs.PATTERN.replace("1001", str(int(at_once) + 1)).replace("1000", at_once),
+            r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        )
+    )
+    assert ours.encode_ordinary(text) == released.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("length", [999, 1000, 1001, 1002, 1003, 2000, 2001, 2002, 5000])
+def test_long_white_space_has_the_tokens_of_tiktoken(gpt2, length):
+    for text in (f"x{' ' * length}{end}" for end in ("", "x", "\n", "\nx")):
+        assert gpt2.encode(text).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 def test_a_megabyte_of_white_space_does_not_overflow_a_stack(byte_pairs):
-    for text in (" " * 1_100_000 + "x", "x" + "\n" * 1_100_000):
+    for text in (" " * 1_100_000 + "x", "x" + "\n" * 1_100_000, "x" + "\t " * 600_000 + "x"):
         assert byte_pairs.decode(byte_pairs.encode(text)) == text
 
 
