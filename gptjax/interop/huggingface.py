@@ -41,14 +41,12 @@ def read(folder: Path) -> Weights:
     model = model_config(fields, where)
     # We export the biases that a model does not have as zeros, and note here which.
     ours = settings.get("gptjax")
-    if isinstance(ours, dict):
-        fields |= {name: ours[name] for name in ("bias", "qkv_bias") if name in ours}
-    smaller = model_config(fields, where)
-    tensors = hugging_face_tensors(folder)
-    params = parameter_names.from_torch(tensors, model, "in_out", str(folder))
-    if smaller != model:
-        fewer = parameter_names.without_zeros(params, smaller)
-        model, params = (model, params) if fewer is None else (smaller, fewer)
+    noted = ours if isinstance(ours, dict) else {}
+    noted = {name: noted[name] for name in ("bias", "qkv_bias") if name in noted}
+    smaller = model_config(fields | noted, where)
+    params = parameter_names.from_torch(hugging_face_tensors(folder), model, "in_out", str(folder))
+    if fewer := parameter_names.without_zeros(params, smaller):
+        model, params = smaller, fewer
     return Weights(dataclasses.replace(FINETUNE, model=model), params, notes=tuple(notes))
 
 
@@ -72,31 +70,29 @@ def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any],
         if found[name] not in values
     ]
     wrong += [f"{name} is missing" for name in SIZES if name not in settings]
+    rates = [settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd", "attn")]
+    wrong += [f"dropout {quoted(rate)}" for rate in rates if not isinstance(rate, int | float)]
     if wrong:
         raise UserError(f"{where} is not of a GPT-2 that gptjax can compute: {', '.join(wrong)}")
-    rates = [settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd", "attn")]
-    odd = [rate for rate in rates if not isinstance(rate, (int, float))]  # refused by their name
-    alike, notes = rates.count(rates[0]) == len(rates), list[str]()
-    if not odd and not alike:
-        notes = [f"dropout is set to 0 (resid, embd and attn have {rates}; we have one rate)"]
     fields = {ours: settings[name] for name, ours in SIZES.items()} | {
         "gelu": "erf" if found["activation_function"] == "gelu" else "tanh",
         "tied_head": settings.get("tie_word_embeddings", True),
-        "dropout": odd[0] if odd else rates[0] if alike else 0.0,
+        "dropout": rates[0],
     }
-    return fields, notes
+    if rates.count(rates[0]) == len(rates):
+        return fields, []
+    note = f"dropout is set to 0 (resid, embd and attn have {rates}; we have one rate)"
+    return fields | {"dropout": 0.0}, [note]
 
 
 def obstacles(config: ModelConfig) -> list[str]:
     """What of this model the format cannot say; empty if it can be exported exactly."""
-    out = []
-    if config.n_layer == 0:
-        out.append("n_layer 0 (there the format has a final LayerNorm, we have none)")
-    if config.position == "sinusoidal":
-        out.append("sinusoidal positions")
-    if "banded" in config.attention_pattern:
-        out.append("banded attention")
-    return out
+    differs = {
+        "n_layer 0 (there the format has a final LayerNorm, we have none)": config.n_layer == 0,
+        "sinusoidal positions": config.position == "sinusoidal",
+        "banded attention": "banded" in config.attention_pattern,
+    }
+    return [what for what, is_so in differs.items() if is_so]
 
 
 def convert(

@@ -92,7 +92,8 @@ def torch_tensors(named: Any, where: str) -> dict[str, np.ndarray]:
     """
     torch, found = pytorch("reading PyTorch's own files"), {}
     # Not by its own methods: a file may overwrite those of an OrderedDict.
-    for name, tensor in dict.items(named) if isinstance(named, dict) else [(None, None)]:
+    items: Any = dict.items(named) if isinstance(named, dict) else [(None, None)]
+    for name, tensor in items:
         if not isinstance(name, str) or not torch.is_tensor(tensor):
             raise UserError(f"{where} does not hold named tensors")
         try:

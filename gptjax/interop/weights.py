@@ -46,8 +46,8 @@ def plain(fields: dict[Any, Any]) -> dict[str, Any]:
     the name of their type, which `from_dict` refuses."""
 
     def spell(value: Any) -> Any:
-        short = isinstance(value, (str, float, type(None))) or (
-            isinstance(value, int) and abs(value) < 2**63
+        short = (
+            abs(value) < 2**63 if isinstance(value, int) else isinstance(value, str | float | None)
         )
         return value if short else f"a {type(value).__name__}"
 
