@@ -87,9 +87,9 @@ def find_tokenizer(name: str | None, folder: Path, rows: int) -> Tokenizer:
         found = Gpt2Tokenizer()
     if found is None:
         raise UserError(
-            f"no tokenizer lies in {where} for the model's {rows} ids; --tokenizer takes gpt2, a run"
-            " or data folder of gptjax, or a folder with tokenizer files of Hugging Face or nanoGPT"
-            " (meta.pkl)"
+            f"no tokenizer lies in {where} for the model's {rows} ids; --tokenizer takes gpt2, a"
+            " run or data folder of gptjax, or a folder with tokenizer files of Hugging Face or"
+            " nanoGPT (meta.pkl)"
         )
     if not found.n_vocab or not 0 <= rows - found.n_vocab <= MAX_PADDING:
         raise UserError(

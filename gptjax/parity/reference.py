@@ -13,7 +13,7 @@ import torch
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.interop import huggingface, parameter_names
-from gptjax.interop.parameter_names import EMBEDDING, HEAD, PREFIX, Layout
+from gptjax.interop.parameter_names import PREFIX, Layout
 from gptjax.parity import torch_gpt
 
 Against = Literal["hf", "nanogpt-style"]
@@ -55,14 +55,13 @@ class Reference:
         loss.backward()
         return loss.item()
 
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
+    def parameters(self) -> dict[str, Any]:
         """Those that are trained, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Of the last backward pass, by parameter."""
-        gradients = {name: parameter.grad for name, parameter in self.parameters().items()}
-        return {n: grad.numpy().copy() for n, grad in gradients.items() if grad is not None}
+        return {name: p.grad.numpy().copy() for name, p in self.parameters().items()}
 
     def optimizer(self, config: TrainConfig) -> Callable[[int], None]:
         """A fresh AdamW: step -> update by the gradients of the last backward pass."""
@@ -86,11 +85,10 @@ class Reference:
         """Copies of the trained parameters, by name."""
         return {name: p.detach().numpy().copy() for name, p in self.parameters().items()}
 
-    @torch.no_grad()
     def restore(self, values: dict[str, np.ndarray]) -> None:
         """Put back what `values` returned."""
-        for name, parameter in self.parameters().items():
-            parameter.copy_(torch.from_numpy(values[name]))
+        tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+        self.model.load_state_dict(tensors, strict=False)
 
     @torch.no_grad()
     def activations(self, tokens: torch.Tensor) -> dict[str, np.ndarray]:
@@ -143,12 +141,9 @@ def _hugging_face(params: Any, config: ModelConfig) -> Any:
             f"Hugging Face's GPT-2 cannot express {', '.join(missing)}; use --against nanogpt-style"
         )
     settings, tensors = huggingface.convert(params, config)
-    if config.tied_head:
-        tensors[HEAD] = tensors[EMBEDDING]
     ends = {"bos_token_id": None, "eos_token_id": None}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(settings | ends))
-    model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
-    return model.eval()
+    return torch_gpt.from_state_dict(config, tensors, model)
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> None:
