@@ -1,7 +1,6 @@
 """How well a model predicts a text: loss in nats per token, and bits per character and per byte,
 which compare models with different tokenizers."""
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -36,8 +35,7 @@ class Text(NamedTuple):
     """Of the tokens."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TextResult:
+class TextResult(NamedTuple):
     """What `evaluate_text` measured."""
 
     description: str
@@ -53,10 +51,9 @@ class TextResult:
         return math.exp(min(700.0, self.loss))  # a larger one is no float
 
     def report(self) -> str:
-        """For a reader: what was evaluated, and a line for each number."""
+        """What was evaluated, and a line for each number."""
         return (
-            f"{self.description}\n"
-            f"loss                {self.loss:.4f} nats per token\n"
+            f"{self.description}\nloss                {self.loss:.4f} nats per token\n"
             f"perplexity          {self.perplexity:.4f}\n"
             f"bits per character  {self.bits_per_character:.4f}\n"
             f"bits per byte       {self.bits_per_byte:.4f}"
@@ -106,21 +103,23 @@ def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
     """(characters, UTF-8 bytes) of the text that `tokens` spell, without end-of-text tokens."""
     characters = size = start = 0
     while start < len(tokens):
-        end = min(start + DECODED, len(tokens))
-        while True:
-            part = tokens[start:end]
-            text = tokenizer.decode(part[part != tokenizer.eot].tolist())
-            # A character's bytes may be spread over several tokens: do not cut between them.
-            if end == len(tokens) or not text.endswith("\ufffd") or end - start > DECODED + 8:
-                break
+        end = start + DECODED
+        text = _decode(tokens[start:end], tokenizer)
+        # A character's bytes may be spread over several tokens: do not cut between them.
+        while text.endswith("\ufffd") and end < min(len(tokens), start + DECODED + 9):
             end += 1
+            text = _decode(tokens[start:end], tokenizer)
         characters, size, start = characters + len(text), size + len(text.encode()), end
     return characters, size
 
 
+def _decode(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(tokens[tokens != tokenizer.eot].tolist())
+
+
 def _without_first(text: Text, tokenizer: Tokenizer) -> Text:
     """The first token is not predicted; nor is its text, unless it ends within a character."""
-    first = tokenizer.decode(text.tokens[:1].tolist()) if text.tokens[:1] != tokenizer.eot else ""
+    first = _decode(text.tokens[:1], tokenizer)
     if first.endswith("\ufffd"):
         return text
     characters, size = text.characters - len(first), text.bytes - len(first.encode())
@@ -128,14 +127,9 @@ def _without_first(text: Text, tokenizer: Tokenizer) -> Text:
 
 
 def evaluate_text(
-    losses: Losses,
-    text: Text,
-    config: ModelConfig,
-    *,
-    rows: int,
-    stride: int | None = None,
+    losses: Losses, text: Text, config: ModelConfig, *, rows: int, stride: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> TextResult:
+) -> TextResult:  # fmt: skip
     """Predict every token of `text` but the first. All hosts call this with the same arguments.
 
     Args:
@@ -156,12 +150,6 @@ def evaluate_text(
     total = window_loss(losses, text.tokens, windows, config, rows, progress)
     assert total is not None, "only a stop signal ends it early"
     nats, count = total
-    bits = nats / math.log(2)
-    return TextResult(
-        f"{text.name}: {count:,} tokens predicted in windows of {config.block_size},"
-        f" {stride} apart",
-        count,
-        nats / count,
-        bits / text.characters,
-        bits / text.bytes,
-    )
+    bits, size = nats / math.log(2), config.block_size
+    what = f"{text.name}: {count:,} tokens predicted in windows of {size}, {stride} apart"
+    return TextResult(what, count, nats / count, bits / text.characters, bits / text.bytes)
