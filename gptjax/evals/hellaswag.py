@@ -46,10 +46,8 @@ def read_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
     """The questions of a file in the public jsonl format: `ctx`, four `endings` and a `label`.
 
     Context and ending are encoded separately; the space between them belongs to the ending.
-
-    Raises:
-        UserError: the file cannot be read, a line is not of that form, or has characters that the
-            tokenizer does not know.
+    UserError: the file cannot be read, a line is not of that form, or has characters that the
+    tokenizer does not know.
     """
     questions = []
     try:
@@ -84,11 +82,8 @@ def evaluate_questions(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HellaSwagResult:  # fmt: skip
     """Accuracy on `questions`, which the report calls `name`. All hosts call this with the same
-    arguments; for the others see `ending_losses`.
-
-    Raises:
-        UserError: an ending does not fit the block, or the hosts have different questions.
-    """
+    arguments; for the others see `ending_losses`. UserError: an ending does not fit the block, or
+    the hosts have different questions."""
     tokens = [[part.tolist() for part in (q.context, *q.endings)] + [q.label] for q in questions]
     if not hosts.all_equal(f"{tokens} {rows}"):
         raise UserError("the hosts have different questions or settings; start the same on all")
@@ -108,8 +103,7 @@ def ending_losses(
         rows: endings at a time, over all devices.
         progress: told how many endings of how many are done.
 
-    Raises:
-        UserError: an ending alone does not fit the block.
+    UserError: an ending alone does not fit the block.
     """
     size = config.block_size
     if too_long := [len(e) for q in questions for e in q.endings if len(e) > size]:

@@ -62,11 +62,8 @@ class TextResult(NamedTuple):
 
 def read_text(source: str, tokenizer: Tokenizer) -> Text:
     """The documents of a file, folder or glob, concatenated. Between them stands the end-of-text
-    token if the tokenizer has one, else a line end.
-
-    Raises:
-        UserError: it cannot be read, or has characters that the tokenizer does not know.
-    """
+    token if the tokenizer has one, else a line end. UserError: it cannot be read, or has characters
+    that the tokenizer does not know."""
     parts: list[np.ndarray] = []
     characters = size = 0
     separator = "\n" if tokenizer.eot is None else None
@@ -84,11 +81,8 @@ def read_text(source: str, tokenizer: Tokenizer) -> Text:
 def read_split(
     folder: Path, split: Literal["train", "val"], tokenizer: Tokenizer, fingerprint: str | None
 ) -> Text:
-    """A split of the data that a run was trained on, which have this `fingerprint`.
-
-    Raises:
-        UserError: the folder is missing, or holds other tokens now.
-    """
+    """A split of the data that a run was trained on, which have this `fingerprint`. UserError: the
+    folder is missing, or holds other tokens now."""
     if not folder.exists():
         raise UserError(f"the run's data are no longer at {folder}; name a text with --text")
     dataset = token_files.load(folder)
@@ -138,8 +132,7 @@ def evaluate_text(
         stride: tokens from one window to the next, see `windows_over`. None: config.block_size.
         progress: told how many windows of how many are done.
 
-    Raises:
-        UserError: there is nothing to predict, or the hosts have different texts or settings.
+    UserError: there is nothing to predict, or the hosts have different texts or settings.
     """
     stride = stride or config.block_size
     if not hosts.all_equal(f"{text.digest} {len(text.tokens)} {rows} {stride}"):

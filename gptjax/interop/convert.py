@@ -38,9 +38,8 @@ def read_pretrained(
         tokenizer: see `find_tokenizer`.
         optimizer, gelu: of a ckpt.pt, see `nanogpt.read`.
 
-    Raises:
-        UserError: there is no such model or tokenizer, it is damaged, or we cannot compute exactly
-            what it does. RunError: a download fills the disk.
+    UserError: there is no such model or tokenizer, it is damaged, or we cannot compute exactly
+    what it does. RunError: a download fills the disk.
     """
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir():
@@ -74,10 +73,7 @@ def read_pretrained(
 def find_tokenizer(name: str | None, folder: Path, rows: int) -> Tokenizer:
     """The tokenizer of a model whose embedding has `rows`: that of the folder `name`, or GPT-2's
     for "gpt2"; None: the one beside the weights in `folder`, or GPT-2's if the size is right.
-
-    Raises:
-        UserError: there is none, or it has more ids than the embedding.
-    """
+    UserError: there is none, or it has more ids than the embedding, or far fewer."""
     where, found = files.path(name) if name else folder, None
     if name != "gpt2":
         run = run_metadata.newest_metadata(where)
@@ -111,9 +107,8 @@ def write_pretrained(
         keep_padding: with the embedding's padded rows. They have no logits here, but would have in
             PyTorch.
 
-    Raises:
-        UserError: the format cannot express the model, or `folder` exists. RunError: it cannot be
-            written.
+    UserError: the format cannot express the model, or `folder` exists. RunError: it cannot be
+    written.
     """
     config = weights.config.model
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -136,11 +131,8 @@ def import_model(
     gelu: Gelu = "erf",
 ) -> str:  # fmt: skip
     """Make a run directory with one checkpoint from what `read_pretrained` reads; a text that says
-    what was imported and how to go on.
-
-    Raises:
-        UserError: `run_dir` holds a run, or as `read_pretrained`. RunError: it cannot be written.
-    """
+    what was imported and how to go on. UserError: `run_dir` holds a run, or as `read_pretrained`.
+    RunError: it cannot be written."""
     if run_metadata.newest_metadata(run_dir) or run_dir.is_file():
         raise UserError(f"{run_dir} is a file or holds a run already; name another folder")
     weights, found = read_pretrained(source, tokenizer=tokenizer, optimizer=optimizer, gelu=gelu)
@@ -179,10 +171,7 @@ def export_model(
     keep_padding: bool = False,
 ) -> str:  # fmt: skip
     """Write a run's checkpoint as `write_pretrained` does; a text that says what was written.
-
-    Raises:
-        UserError: there is no such run or checkpoint, or as `write_pretrained`. RunError: likewise.
-    """
+    UserError: there is no such run or checkpoint; both errors also as `write_pretrained`."""
     loaded = run_metadata.load_checkpoint(run_dir, checkpoint, optimizer=format == "nanogpt")
     of = loaded.metadata
     weights = Weights(

@@ -31,7 +31,6 @@ LONGEST_TOKEN = 256
 """Bytes of a token that we read; GPT-2's own have 128 at most. The check of the merges takes time
 that grows with the square of this."""
 
-
 # GPT-2 spells bytes as printable characters: those that Latin-1 prints as themselves, the others as
 # the characters from U+0100 on.
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -110,11 +109,8 @@ def _merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder; None if it has no tokenizer files.
-
-    Raises:
-        UserError: the files are damaged, or of a kind that we cannot follow exactly.
-    """
+    """The tokenizer of a Hugging Face folder; None if it has no tokenizer files. UserError: they
+    are damaged, or of a kind that we cannot follow exactly."""
     try:
         if (folder / "tokenizer.model").is_file():
             return _from_sentencepiece((folder / "tokenizer.model").read_bytes())

@@ -29,12 +29,8 @@ SIZES = {
 
 
 def read(folder: Path) -> Weights:
-    """The GPT-2 in a folder.
-
-    Raises:
-        UserError: files are missing or damaged, tensors do not fit, or the model is not a GPT-2
-            that we compute exactly.
-    """
+    """The GPT-2 in a folder. UserError: files are missing or damaged, tensors do not fit, or the
+    model is not a GPT-2 that we compute exactly."""
     where = str(folder / "config.json")
     settings = read_object(folder / "config.json")
     fields, notes = _model_fields(settings, where)
@@ -126,11 +122,7 @@ def write(
     keep_padding: bool = False, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write config.json, model.safetensors (in files of at most `shard_bytes`) and the tokenizer's
-    files.
-
-    Raises:
-        OSError, safetensors.SafetensorError: they cannot be written.
-    """
+    files. OSError, safetensors.SafetensorError: they cannot be written."""
     config = weights.config.model
     settings, tensors = convert(weights.params, config, keep_padding=keep_padding)
     # None: transformers would fill in GPT-2's ids.
@@ -151,11 +143,8 @@ def write(
 
 
 def download(name: str) -> Path:
-    """The folder with a model of the Hugging Face Hub; it is fetched once.
-
-    Raises:
-        UserError: there is no network, or no such model. RunError: the disk is full.
-    """
+    """The folder with a model of the Hugging Face Hub; it is fetched once. UserError: there is no
+    network, or no such model. RunError: the disk is full."""
     print(f"there is no file or folder {name}: asking the Hugging Face Hub for it", flush=True)
     small = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"]
     for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"]):

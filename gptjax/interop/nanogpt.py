@@ -40,11 +40,9 @@ def read(path: Path, *, optimizer: bool = True, gelu: Gelu = "erf") -> Weights:
 
     Args:
         optimizer: with the state of its AdamW, where it is there; else the step is 0.
-        gelu: the form of GELU, which the file does not say: nanoGPT computed it by tanh until 2023,
-            by its exact formula since.
+        gelu: its form, which the file does not say: nanoGPT's was tanh until 2023, erf since.
 
-    Raises:
-        UserError: the file is damaged, would run code, or is another model's.
+    UserError: the file is damaged, would run code, or is another model's.
     """
     saved, where = tensor_files.load_torch_file(path), str(path)
     # Of the very type: a file may overwrite the methods of an OrderedDict.
@@ -134,31 +132,24 @@ def write(
     weights: Weights, tokenizer: Tokenizer, folder: Path, final: Path, *, keep_padding: bool = False
 ) -> None:
     """Write ckpt.pt for nanoGPT's sample.py and, with the optimizer's state, its train.py; for
-    characters also meta.pkl. `final` is the name that `folder` will have.
-
-    Raises:
-        OSError, RuntimeError: they cannot be written. UserError: there is no PyTorch.
-    """
-    torch, config, runtime = (
-        tensor_files.pytorch("writing ckpt.pt"),
-        weights.config,
-        weights.runtime,
-    )
+    characters also meta.pkl. `final` is the name that `folder` will have. Raises OSError or
+    RuntimeError: they cannot be written; UserError: there is no PyTorch."""
+    torch = tensor_files.pytorch("writing ckpt.pt")
+    config, runtime, best = weights.config, weights.runtime, weights.best_val_loss
 
     def named(tree: Any) -> dict[str, Any]:
         arrays = parameter_names.to_torch(tree, config.model, "out_in", padding=keep_padding)
         return {name: torch.tensor(array) for name, array in arrays.items()}
 
-    tensors, best = named(weights.params), weights.best_val_loss
-    settings, rates = flatten(config) | flatten(runtime), config.optimizer
+    tensors, settings = named(weights.params), flatten(config) | flatten(runtime)
+    sizes = {name: getattr(config.model, name) for name in MODEL}
     saved: dict[str, Any] = {
         "model": tensors | {HEAD: tensors[EMBEDDING]},
-        "model_args": {name: getattr(config.model, name) for name in MODEL}
-        | {"vocab_size": len(tensors[EMBEDDING])},
+        "model_args": sizes | {"vocab_size": len(tensors[EMBEDDING])},
         "iter_num": weights.step,
         "best_val_loss": 1e9 if best is None else best,  # nanoGPT begins with 1e9
-        "config": {name: settings[ours] for name, ours in SETTINGS.items()}
-        | {
+        "config": {
+            **{name: settings[ours] for name, ours in SETTINGS.items()},
             # sample.py looks for meta.pkl in data/DATASET; an absolute path leads it here.
             "dataset": str(final.absolute()),
             "batch_size": runtime.divide_batch(config, 1),
@@ -168,17 +159,15 @@ def write(
         },
     }
     if weights.opt_state is not None:
-        count, *moments = optim.adam_parts(weights.opt_state)
+        rates, (count, *moments) = config.optimizer, optim.adam_parts(weights.opt_state)
         mu, nu = map(named, moments)
         trained = {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
-        groups = [
-            {
-                "params": [p for p in trained.values() if (p.ndim > 1) == decays],
-                "weight_decay": rate,
-            }
-            for decays, rate in ((True, rates.weight_decay), (False, 0.0))
-        ]
-        adamw = torch.optim.AdamW(groups, rates.learning_rate, (rates.beta1, rates.beta2))
+        decayed = [parameter for parameter in trained.values() if parameter.ndim > 1]
+        others = [parameter for parameter in trained.values() if parameter.ndim == 1]
+        adamw = torch.optim.AdamW(
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}], rates.learning_rate,
+            (rates.beta1, rates.beta2), weight_decay=rates.weight_decay,
+        )  # fmt: skip
         for name, parameter in trained.items():
             moment = {"exp_avg": mu[name], "exp_avg_sq": nu[name]}
             adamw.state[parameter] = {"step": torch.tensor(float(count)), **moment}

@@ -22,11 +22,8 @@ PYTORCH = "pytorch_model.bin"
 
 def hugging_face_tensors(folder: Path) -> dict[str, np.ndarray]:
     """The weights in a Hugging Face folder: model.safetensors, else pytorch_model.bin, each in one
-    file or sharded with an index.
-
-    Raises:
-        UserError: there are none, they are damaged, or an index does not fit its files.
-    """
+    file or sharded with an index. UserError: there are none, they are damaged, or an index does
+    not fit its files."""
     for name, read in ((SAFETENSORS, read_safetensors), (PYTORCH, read_torch)):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -85,11 +82,8 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def torch_tensors(named: Any, where: str) -> dict[str, np.ndarray]:
-    """A dict of PyTorch tensors as arrays, which share their memory (but for bfloat16).
-
-    Raises:
-        UserError: `named` is none, or not all of the tensors are plain arrays.
-    """
+    """A dict of PyTorch tensors as arrays, which share their memory (but for bfloat16). UserError:
+    `named` is none, or not all of the tensors are plain arrays."""
     torch, found = pytorch("reading PyTorch's own files"), {}
     # Not by its own methods: a file may overwrite those of an OrderedDict.
     items: Any = dict.items(named) if isinstance(named, dict) else [(None, None)]
@@ -111,10 +105,7 @@ def torch_tensors(named: Any, where: str) -> dict[str, np.ndarray]:
 
 def load_torch_file(path: Path) -> Any:
     """The content of a file written by torch.save, if it is plain data: no code in it is run.
-
-    Raises:
-        UserError: the file cannot be read, is damaged, or would import or run code.
-    """
+    UserError: the file cannot be read, is damaged, or would import or run code."""
     torch = pytorch("reading PyTorch's own files")
     try:
         # torch.save does not compress; a small file may claim terabytes of zeros.

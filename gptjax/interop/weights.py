@@ -29,11 +29,8 @@ class Weights(NamedTuple):
 
 
 def model_config(fields: dict[Any, Any], where: str) -> ModelConfig:
-    """The network's settings from a file that `where` names.
-
-    Raises:
-        UserError: a setting is unknown, ill-typed or out of range, or there is no vocab_size.
-    """
+    """The network's settings from a file that `where` names. UserError: a setting is unknown,
+    ill-typed or out of range, or there is no vocab_size."""
     config = from_dict(ModelConfig, plain(fields), where)
     if config.vocab_size is None:
         raise UserError(f"{where}: vocab_size is None; expected a number")

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from gptjax import attention, model, optim, run_metadata, sampling, train_step
+from gptjax import attention, model, optim, run, sampling, train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
-from gptjax.data import token_files, tokenizers
+from gptjax.data import token_files
 from gptjax.data.batches import Tokens, batch_at
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import setup
@@ -209,7 +209,7 @@ class Comparison:
             ]
             if step == 0:
                 rows = [row._replace(name=f"AdamW step {row.name}") for row in moved]
-        worst = max(moved, key=lambda row: row.relative)
+        worst = max(moved, key=lambda row: (not row.passed, row.relative))  # NaN is no maximum
         reference.restore(before)
         return [*rows, worst._replace(name=f"{steps} AdamW steps (most {worst.name})")]
 
@@ -298,20 +298,15 @@ def open_comparison(
     greedy_tokens: int = 200, precision: Precision = "float32", checkpoint: str = "best",
     seed: int = 1337,
 ) -> Comparison:  # fmt: skip
-    """A run's model beside PyTorch's. The arguments are the flags of `gptjax compare`.
-
-    Raises:
-        UserError: there is no such run or text, Hugging Face's GPT-2 cannot express the model, or
-            the sequence length does not fit.
-    """
-    loaded = run_metadata.load_checkpoint(run_dir, checkpoint)
-    settings = loaded.metadata.config
-    tokenizer = tokenizers.from_json(loaded.metadata.tokenizer, str(run_dir))
-    network = dataclasses.replace(settings.model, dropout=0.0, dtype=precision)
+    """A run's model beside PyTorch's. The arguments are the flags of `gptjax compare`. UserError:
+    there is no such run or text, Hugging Face's GPT-2 cannot express the model, or the sequence
+    length does not fit."""
+    loaded = run.load(run_dir, checkpoint, dtype=precision)
+    network = dataclasses.replace(loaded.config, dropout=0.0)
     length = sequence_length or network.block_size
     if length > network.block_size:
         raise UserError(f"--sequence-length {length} exceeds the block_size {network.block_size}")
-    tokens, where = _read_tokens(text, settings.data.dir, tokenizer, seed)
+    tokens, where = _read_tokens(text, loaded.experiment.data.dir, loaded.tokenizer, seed)
     if len(tokens) <= length:
         raise UserError(f"{where} has {len(tokens)} tokens; expected more than {length}")
     rates = OptimizerConfig(learning_rate, learning_rate / 10, warmup_steps=10, beta2=0.95)
