@@ -64,18 +64,12 @@ def read_text(source: str, tokenizer: Tokenizer) -> Text:
     """The documents of a file, folder or glob, concatenated. Between them stands the end-of-text
     token if the tokenizer has one, else a line end. UserError: it cannot be read, or has characters
     that the tokenizer does not know."""
-    parts: list[np.ndarray] = []
-    characters = size = 0
     separator = "\n" if tokenizer.eot is None else None
-    for piece in corpus.read_pieces(corpus.find_files(source), separator):
-        if piece is None:
-            parts.append(np.array([tokenizer.eot], np.int32))
-        else:
-            parts.append(tokenizer.encode(piece))
-            characters, size = characters + len(piece), size + len(piece.encode())
-    tokens = np.concatenate(parts)
-    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return _without_first(Text(source, tokens, characters, size, digest), tokenizer)
+    tokens = np.concatenate([
+        np.array([tokenizer.eot], np.int32) if piece is None else tokenizer.encode(piece)
+        for piece in corpus.read_pieces(corpus.find_files(source), separator)
+    ])  # fmt: skip
+    return _text(source, tokens, tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest())
 
 
 def read_split(
@@ -89,8 +83,15 @@ def read_split(
     if dataset.fingerprint != fingerprint:
         raise UserError(f"the tokens in {folder} are not those of the run; name a text with --text")
     tokens = dataset.train if split == "train" else dataset.val
-    text = Text(f"the {split} split", tokens, *text_size(tokens, tokenizer), dataset.fingerprint)
-    return _without_first(text, tokenizer)
+    return _text(f"the {split} split", tokens, tokenizer, dataset.fingerprint)
+
+
+def _text(name: str, tokens: Tokens, tokenizer: Tokenizer, digest: str) -> Text:
+    """The first token is not predicted; nor is its text, unless it ends within a character."""
+    (characters, size), first = text_size(tokens, tokenizer), _decode(tokens[:1], tokenizer)
+    if not first.endswith("\ufffd"):
+        characters, size = characters - len(first), size - len(first.encode())
+    return Text(name, tokens, characters, size, digest)
 
 
 def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -109,15 +110,6 @@ def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
 
 def _decode(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(tokens[tokens != tokenizer.eot].tolist())
-
-
-def _without_first(text: Text, tokenizer: Tokenizer) -> Text:
-    """The first token is not predicted; nor is its text, unless it ends within a character."""
-    first = _decode(text.tokens[:1], tokenizer)
-    if first.endswith("\ufffd"):
-        return text
-    characters, size = text.characters - len(first), text.bytes - len(first.encode())
-    return text._replace(characters=characters, bytes=size)
 
 
 def evaluate_text(

@@ -44,17 +44,15 @@ def read_pretrained(
     path = Path(source).expanduser()
     if (path / "checkpoints").is_dir():
         raise UserError(f"{source} is a run of gptjax already")
+    # A mistyped path must not become somebody's repository.
+    nowhere = not path.exists() and (path.parent == Path(".") or not path.parent.exists())
+    if nowhere and source.strip(".") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        path = huggingface.download(source)
     checkpoint = path if path.is_file() else path / "ckpt.pt"
     if (path / "config.json").is_file():
         weights = huggingface.read(path)
     elif checkpoint.is_file():
         weights, path = nanogpt.read(checkpoint, optimizer=optimizer, gelu=gelu), checkpoint.parent
-    # A mistyped path must not become somebody's repository.
-    elif not path.exists() and (path.parent == Path(".") or not path.parent.exists()) and (
-        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source.strip(".")
-    ):  # fmt: skip
-        path = huggingface.download(source)
-        weights = huggingface.read(path)
     else:
         raise UserError(
             f"no model at {source!r}: expected a Hugging Face folder (config.json), nanoGPT's"

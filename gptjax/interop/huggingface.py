@@ -36,10 +36,10 @@ def read(folder: Path) -> Weights:
     fields, notes = _model_fields(settings, where)
     model = model_config(fields, where)
     # We export the biases that a model does not have as zeros, and note here which.
-    ours = settings.get("gptjax")
-    noted = ours if isinstance(ours, dict) else {}
-    noted = {name: noted[name] for name in ("bias", "qkv_bias") if name in noted}
-    smaller = model_config(fields | noted, where)
+    noted = settings.get("gptjax")
+    if isinstance(noted, dict):
+        fields |= {name: noted[name] for name in ("bias", "qkv_bias") if name in noted}
+    smaller = model_config(fields, where)
     params = parameter_names.from_torch(hugging_face_tensors(folder), model, "in_out", str(folder))
     if fewer := parameter_names.without_zeros(params, smaller):
         model, params = smaller, fewer
@@ -59,11 +59,10 @@ def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any],
         "n_inner": (None, 4 * width if isinstance(width, int) else 0),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     }
-    found = {name: settings.get(name, values[0]) for name, values in allowed.items()}
     wrong = [
-        f"{name} {quoted(found[name])} (expected {' or '.join(map(quoted, values))})"
+        f"{name} {quoted(found)} (expected {' or '.join(map(quoted, values))})"
         for name, values in allowed.items()
-        if found[name] not in values
+        if (found := settings.get(name, values[0])) not in values
     ]
     wrong += [f"{name} is missing" for name in SIZES if name not in settings]
     rates = [settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd", "attn")]
@@ -71,7 +70,7 @@ def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any],
     if wrong:
         raise UserError(f"{where} is not of a GPT-2 that gptjax can compute: {', '.join(wrong)}")
     fields = {ours: settings[name] for name, ours in SIZES.items()} | {
-        "gelu": "erf" if found["activation_function"] == "gelu" else "tanh",
+        "gelu": "erf" if settings.get("activation_function") == "gelu" else "tanh",
         "tied_head": settings.get("tie_word_embeddings", True),
         "dropout": rates[0],
     }

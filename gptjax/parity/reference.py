@@ -65,18 +65,17 @@ class Reference:
 
     def optimizer(self, config: TrainConfig) -> Callable[[int], None]:
         """A fresh AdamW: step -> update by the gradients of the last backward pass."""
-        settings = config.optimizer
+        rates = config.optimizer
         adamw = torch_gpt.adamw(
-            self.model, learning_rate=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay,
+            self.model, learning_rate=0.0, betas=(rates.beta1, rates.beta2),
+            weight_decay=rates.weight_decay,
         )  # fmt: skip
-        trained = list(self.parameters().values())
 
         def update(step: int) -> None:
             for group in adamw.param_groups:
                 group["lr"] = learning_rate(config, step)
-            if settings.grad_clip:
-                clip(trained, settings.grad_clip)
+            if rates.grad_clip:
+                clip([*self.parameters().values()], rates.grad_clip)
             adamw.step()
 
         return update
@@ -92,8 +91,7 @@ class Reference:
 
     @torch.no_grad()
     def activations(self, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-        """The outputs of the embedding and of every part of every block, by name; and the
-        logits."""
+        """The outputs of the embedding and every part of every block, by name; and the logits."""
         found: dict[str, np.ndarray] = {}
 
         def hook(name: str, _module: Any, _inputs: Any, output: Any) -> None:
