@@ -10,7 +10,7 @@ import numpy as np
 
 from gptjax import optim
 from gptjax.config import FINETUNE, INT_LIMIT, ModelConfig, TrainConfig
-from gptjax.config_io import change, flatten, from_dict, to_dict
+from gptjax.config_io import change, flatten, from_dict, setting_types, to_dict
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, Tokenizer
 from gptjax.errors import UserError, first_line, quoted
 from gptjax.interop import huggingface, parameter_names, tensor_files
@@ -18,17 +18,14 @@ from gptjax.interop.parameter_names import EMBEDDING, HEAD
 from gptjax.interop.weights import Gelu, Weights, model_config, plain
 from gptjax.runtime_config import RuntimeConfig
 
-RUNTIME = {
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "eval_interval": "eval_interval", "log_interval": "log_interval",
-    "eval_iters": "eval_batches",
-}  # fmt: skip
 SETTINGS = {
     "learning_rate": "optimizer.learning_rate", "min_lr": "optimizer.min_lr",
     "warmup_iters": "optimizer.warmup_steps", "lr_decay_iters": "optimizer.lr_decay_steps",
     "weight_decay": "optimizer.weight_decay", "grad_clip": "optimizer.grad_clip",
     "beta1": "optimizer.beta1", "beta2": "optimizer.beta2",
-    "batch_size": "batch_size", "max_iters": "max_steps", **RUNTIME,
+    "batch_size": "batch_size", "max_iters": "max_steps", "eval_iters": "eval_batches",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "eval_interval": "eval_interval", "log_interval": "log_interval",
 }  # fmt: skip
 """The globals of nanoGPT's train.py -> our settings."""
 
@@ -83,7 +80,7 @@ def _read_settings(
     if settings.get("decay_lr") is False:
         rate = found.get("optimizer.learning_rate", config.optimizer.learning_rate)
         found |= {"optimizer.min_lr": rate, "optimizer.warmup_steps": 0}
-    circumstances = {name: found.pop(name) for name in RUNTIME.values() if name in found}
+    circumstances = {n: found.pop(n) for n in setting_types(RuntimeConfig) if n in found}
     runtime = from_dict(RuntimeConfig, circumstances, where)
     config = from_dict(TrainConfig, to_dict(config) | found, where)
     # nanoGPT counts the sequences of one micro-batch, in training and in evaluation.
@@ -134,7 +131,7 @@ def write(
     """Write ckpt.pt for nanoGPT's sample.py and, with the optimizer's state, its train.py; for
     characters also meta.pkl. `final` is the name that `folder` will have. Raises OSError or
     RuntimeError: they cannot be written; UserError: there is no PyTorch."""
-    torch = tensor_files.pytorch("writing ckpt.pt")
+    torch = tensor_files.optional("torch", "writing ckpt.pt")
     config, runtime, best = weights.config, weights.runtime, weights.best_val_loss
 
     def named(tree: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 def torch_tensors(named: Any, where: str) -> dict[str, np.ndarray]:
     """A dict of PyTorch tensors as arrays, which share their memory (but for bfloat16). UserError:
     `named` is none, or not all of the tensors are plain arrays."""
-    torch, found = pytorch("reading PyTorch's own files"), {}
+    torch, found = optional("torch", "reading PyTorch's own files"), {}
     # Not by its own methods: a file may overwrite those of an OrderedDict.
     items: Any = dict.items(named) if isinstance(named, dict) else [(None, None)]
     for name, tensor in items:
@@ -106,7 +106,7 @@ def torch_tensors(named: Any, where: str) -> dict[str, np.ndarray]:
 def load_torch_file(path: Path) -> Any:
     """The content of a file written by torch.save, if it is plain data: no code in it is run.
     UserError: the file cannot be read, is damaged, or would import or run code."""
-    torch = pytorch("reading PyTorch's own files")
+    torch = optional("torch", "reading PyTorch's own files")
     try:
         # torch.save does not compress; a small file may claim terabytes of zeros.
         if zipfile.is_zipfile(path):
@@ -126,9 +126,9 @@ def load_torch_file(path: Path) -> Any:
         ) from None
 
 
-def pytorch(purpose: str) -> Any:
-    """The module torch, which is optional. UserError: it is not installed; `purpose` needs it."""
+def optional(name: str, purpose: str) -> Any:
+    """torch or transformers. UserError: it is not installed; `purpose` needs it."""
     try:
-        return importlib.import_module("torch")
+        return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{purpose} needs PyTorch: pip install -r requirements-torch.txt") from None
+        raise UserError(f"{purpose} needs {name}: pip install -r requirements-torch.txt") from None

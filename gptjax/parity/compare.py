@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax.traverse_util import flatten_dict
 
 from gptjax import attention, model, optim, run, sampling, train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
@@ -77,42 +78,37 @@ def difference(name: str, ours: Any, expected: Any, limit: float, **how: Any) ->
     return Row(name.replace(PREFIX, ""), absolute, relative, limit, **how)
 
 
-PARTS = ("ln_1", "attn", "ln_2", "mlp")
-"""Of a block, in the order in which they are computed."""
-
-
 def our_activations(
     params: Any, tokens: np.ndarray, config: ModelConfig, compute: ComputeConfig = ComputeConfig()
 ) -> dict[str, np.ndarray]:
     """The outputs of the embedding and of every part of every block, by PyTorch's names, and the
     logits; in the order in which they are computed."""
     found = _outputs(params, tokens, config, compute)
-    out = {"drop": found["Dropout_0"][0]}
+    stacks = {name: np.asarray(x, np.float32) for name, x in found.items()}
+    out = {"drop": stacks["Dropout_0"][0]}
     for i in range(config.n_layer):
-        out |= {f"h.{i}.{part}": found[part][i] for part in PARTS} | {f"h.{i}": found["h"][i]}
+        for part in (".ln_1", ".attn", ".ln_2", ".mlp", ""):
+            out[f"h.{i}{part}"] = stacks[f"h{part}"][i]
     if config.n_layer:
-        out["ln_f"] = found["ln_f"][0]
-    return {name: np.asarray(value, np.float32) for name, value in out.items()} | {
-        "logits": np.asarray(found["logits"])
-    }
+        out["ln_f"] = stacks["ln_f"][0]
+    return out | {"logits": stacks["logits"]}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _outputs(
     params: Any, tokens: jax.Array, config: ModelConfig, compute: ComputeConfig
 ) -> dict[str, jax.Array]:
-    """Of each module that `our_activations` lists [L, B, T, C], or [1, B, T, C]; and the logits.
-    The compiler removes the others."""
+    """Of the modules that `our_activations` takes [L, B, T, C], or [1, B, T, C]; and the logits.
+    The compiler removes what the others return."""
     (logits, _), found = model.GPT(config, compute, train=False).apply(
         {"params": params}, tokens, capture_intermediates=True, mutable=["intermediates"]
     )
-    modules = found["intermediates"]
-    modules |= {part: modules["h"][part] for part in PARTS if config.n_layer}
-    wanted = ("Dropout_0", *(("h", *PARTS, "ln_f") if config.n_layer else ()))
-    # A block returns (x, cache).
-    first = {name: jax.tree.leaves(modules[name]["__call__"])[0] for name in wanted}
-    shape = (-1, *tokens.shape, config.n_embd)
-    return {name: x.reshape(shape) for name, x in first.items()} | {"logits": logits}
+    flat, out = flatten_dict(found["intermediates"], sep="."), {"logits": logits}
+    for name in ("Dropout_0", "h.ln_1", "h.attn", "h.ln_2", "h.mlp", "h", "ln_f"):
+        if calls := flat.get(f"{name}.__call__"):
+            first = jax.tree.leaves(calls)[0]  # a block returns (x, cache)
+            out[name] = first.reshape(-1, *tokens.shape, config.n_embd)
+    return out
 
 
 _jit = functools.partial(jax.jit, static_argnames=("config", "compute"))

@@ -14,6 +14,7 @@ from gptjax.config import ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.interop import huggingface, parameter_names
 from gptjax.interop.parameter_names import PREFIX, Layout
+from gptjax.interop.tensor_files import optional
 from gptjax.parity import torch_gpt
 
 Against = Literal["hf", "nanogpt-style"]
@@ -32,10 +33,18 @@ class Reference:
         )
         self.block_size = config.block_size
         if against == "hf":
-            self.model = _hugging_face(params, config)
+            transformers = optional("transformers", "--against hf")
+            if missing := ", ".join(huggingface.obstacles(config)):
+                raise UserError(
+                    f"Hugging Face's GPT-2 cannot express {missing}; use --against nanogpt-style"
+                )
+            settings, tensors = huggingface.convert(params, config)
+            settings |= {"bos_token_id": None, "eos_token_id": None}  # not GPT-2's
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(settings))
         else:
             tensors = parameter_names.to_torch(params, config, self.layout, padding=False)
-            self.model = torch_gpt.from_state_dict(config, tensors)
+            model = None
+        self.model = torch_gpt.from_state_dict(config, tensors, model)
         # What we do not have (Hugging Face's GPT-2 always has biases) stays zero.
         ours = parameter_names.torch_parameters(config, self.layout)
         for name, parameter in self.model.named_parameters():
@@ -125,23 +134,6 @@ class Reference:
                     last = self.logits(text[:, -self.block_size :])[:, -1]
                     text = torch.cat([text, last.argmax(-1, keepdim=True)], dim=1)
         return text[0, len(prompt) :].numpy()
-
-
-def _hugging_face(params: Any, config: ModelConfig) -> Any:
-    try:
-        import transformers  # optional: only this comparison needs it
-    except ImportError:
-        raise UserError(
-            "--against hf needs transformers: pip install -r requirements-torch.txt"
-        ) from None
-    if missing := huggingface.obstacles(config):
-        raise UserError(
-            f"Hugging Face's GPT-2 cannot express {', '.join(missing)}; use --against nanogpt-style"
-        )
-    settings, tensors = huggingface.convert(params, config)
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(settings | ends))
-    return torch_gpt.from_state_dict(config, tensors, model)
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> None:
