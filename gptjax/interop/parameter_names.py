@@ -103,14 +103,13 @@ def from_torch(
         raise UserError(f"{where} holds {len(tensors)} tensors: too few for {layers} layers")
     wanted = torch_parameters(config, layout)
     head = spelled.pop(HEAD, None) if config.tied_head else None
-    found = {name: tensors[spelled[name]].shape for name in wanted if name in spelled}
     problems = {
         "missing": [name for name in wanted if name not in spelled],
         "left over": [spelled[name] for name in spelled if name not in wanted],
         "wrongly shaped": [
-            f"{spelled[name]} {list(shape)} instead of {list(wanted[name].shape)}"
-            for name, shape in found.items()
-            if shape != wanted[name].shape
+            f"{spelled[name]} {list(shape)} instead of {list(parameter.shape)}"
+            for name, parameter in wanted.items()
+            if name in spelled and (shape := tensors[spelled[name]].shape) != parameter.shape
         ],
     }
     if any(problems.values()):
@@ -118,10 +117,9 @@ def from_torch(
         raise UserError(f"{where} does not hold this model's tensors; {listed}")
 
     params: dict[tuple[str, ...], np.ndarray] = {}
-    for name, parameter in wanted.items():
+    for name, (path, layer, _, transposed) in wanted.items():
         array = _floats(tensors.pop(spelled[name]), spelled[name], where)
-        array = array.T if parameter.transposed else array
-        path, layer = parameter.path, parameter.layer
+        array = array.T if transposed else array
         if layer is None:
             params[path] = np.ascontiguousarray(array, np.float32)
         else:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.errors import UserError
@@ -102,21 +103,17 @@ class Reference:
     def activations(self, tokens: torch.Tensor) -> dict[str, np.ndarray]:
         """The outputs of the embedding and every part of every block, by name; and the logits."""
         found: dict[str, np.ndarray] = {}
+        names = {module: name.removeprefix(PREFIX) for name, module in self.model.named_modules()}
 
-        def hook(name: str, _module: Any, _inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            found[name] = output.float().numpy()
+        def hook(module: Any, _inputs: Any, output: Any) -> None:
+            name = names.get(module, "")
+            if re.fullmatch(r"drop|ln_f|h\.\d+(\.(ln_1|attn|ln_2|mlp))?", name):
+                output = output[0] if isinstance(output, tuple) else output
+                found[name] = output.float().numpy()
 
-        parts = re.compile(re.escape(PREFIX) + r"(drop|ln_f|h\.\d+(\.(ln_1|attn|ln_2|mlp))?)")
-        hooks = [
-            module.register_forward_hook(functools.partial(hook, match[1]))
-            for name, module in self.model.named_modules()
-            if (match := parts.fullmatch(name))
-        ]
-        found["logits"] = self.logits(tokens).float().numpy()
-        for handle in hooks:
-            handle.remove()
-        return found
+        with register_module_forward_hook(hook):
+            logits = self.logits(tokens).float().numpy()
+        return found | {"logits": logits}
 
     @torch.no_grad()
     def greedy(self, prompt: np.ndarray, count: int) -> np.ndarray:
