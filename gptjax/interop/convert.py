@@ -132,7 +132,7 @@ def import_model(
     what was imported and how to go on. UserError: `run_dir` holds a run, or as `read_pretrained`.
     RunError: it cannot be written."""
     if run_metadata.newest_metadata(run_dir) or run_dir.is_file():
-        raise UserError(f"{run_dir} is a file or holds a run already; name another folder")
+        raise UserError(f"{run_dir} holds a run already or is a file; name another folder")
     weights, found = read_pretrained(source, tokenizer=tokenizer, optimizer=optimizer, gelu=gelu)
     write_run(weights, found, run_dir)
     model = weights.config.model

@@ -1,5 +1,8 @@
 """Do we compute what PyTorch computes? Needs PyTorch: without it, importing this is a UserError."""
 
-from gptjax.interop.tensor_files import optional
+import importlib.util
 
-optional("torch", "the comparison with PyTorch")
+from gptjax.errors import UserError
+
+if importlib.util.find_spec("torch") is None:
+    raise UserError("the comparison with PyTorch needs it: pip install -r requirements-torch.txt")
