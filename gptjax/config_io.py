@@ -8,14 +8,13 @@ import re
 import runpy
 import traceback
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gptjax import files, first_edition, program
+from gptjax import files, first_edition, other_names, program
 from gptjax.config import TrainConfig
 from gptjax.errors import ConfigError, UserError, quoted
-from gptjax.other_names import NANOGPT, NANOGPT_DEFAULTS
 from gptjax.runtime_config import RuntimeConfig
 from gptjax.settings import expected, fits
 
@@ -197,30 +196,17 @@ def _line(error: BaseException, path: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _from_nanogpt(found: dict[str, Any]) -> str:
+def _from_nanogpt(found: Mapping[str, Any]) -> str:
     """The command that has the settings of a nanoGPT config file."""
-    names = {name.rpartition(".")[2]: name for cls in (TrainConfig, RuntimeConfig)
-             for name in setting_types(cls)}  # fmt: skip
-    usable = {
-        name: value
-        for name, value in found.items()
-        if isinstance(value, (int, float) if name in NANOGPT_DEFAULTS else str)
-    }
-    values = {NANOGPT.get(n, n): value for n, value in (NANOGPT_DEFAULTS | usable).items()}
-    # Both are micro-batches there.
-    steps = max(1, values["gradient_accumulation_steps"])
-    values["batch_size"] *= steps
-    values["eval_batches"] = -(-values["eval_batches"] // steps)
-    for name in ("init_from", "data.dir"):
-        values.pop(name, None)  # of nanoGPT's own folders
+    names = [*setting_types(TrainConfig), *setting_types(RuntimeConfig)]
+    values = other_names.from_nanogpt(other_names.NANOGPT_TRAINS | dict(found), names)
+    values |= {name: found[name] for name in ("device",) if name in found}
+    values |= {"run_dir": found.get("out_dir", "out"), "model.gelu": "erf"}
     dataset = str(found.get("dataset", ""))
-    values |= {"source": "shakespeare"} if "shakespeare" in dataset else {}
-    values |= {"tokenizer": "char" if dataset.endswith("_char") else "gpt2", "gelu": "erf"}
-    flags = [
-        f"--{names[name].replace('_', '-')}={value}"
-        for name, value in values.items()
-        if name in names
-    ]
+    if "shakespeare" in dataset:
+        values["data.source"] = "shakespeare"
+    values["data.tokenizer"] = "char" if dataset.endswith("_char") else "gpt2"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     return program.command("train", *flags)
 
 

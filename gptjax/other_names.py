@@ -3,14 +3,15 @@
 A value with a space is no name of ours: it says what there is instead.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 NANOGPT = {
     "out_dir": "run_dir",
     "dataset": "data.dir",
     "max_iters": "max_steps",
-    "warmup_iters": "warmup_steps",
-    "lr_decay_iters": "lr_decay_steps",
+    "warmup_iters": "optimizer.warmup_steps",
+    "lr_decay_iters": "optimizer.lr_decay_steps",
     "eval_iters": "eval_batches",
     "start": "prompt",
     "decay_lr": "a constant rate is --min-lr equal to --learning-rate",
@@ -21,14 +22,37 @@ NANOGPT = {
     "wandb_log": "metrics.jsonl has the numbers, a gptjax.Callback can send them",
 }
 
-NANOGPT_DEFAULTS: dict[str, Any] = {
-    "eval_interval": 2000, "log_interval": 1, "eval_iters": 200, "batch_size": 12,
-    "gradient_accumulation_steps": 40, "block_size": 1024, "n_layer": 12, "n_head": 12,
-    "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4, "max_iters": 600_000,
-    "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "warmup_iters": 2000,
-    "lr_decay_iters": 600_000, "min_lr": 6e-5,
+NANOGPT_TRAINS: dict[str, Any] = {
+    "batch_size": 12, "gradient_accumulation_steps": 40, "block_size": 1024, "n_layer": 12,
+    "n_head": 12, "n_embd": 768, "dropout": 0.0, "bias": False, "learning_rate": 6e-4,
+    "max_iters": 600_000, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "warmup_iters": 2000, "lr_decay_iters": 600_000, "min_lr": 6e-5, "eval_interval": 2000,
+    "log_interval": 1, "eval_iters": 200,
 }  # fmt: skip
-"""Of its train.py."""
+"""The globals of nanoGPT's train.py that make a run what it is, with their defaults."""
+
+
+def nanogpt_names(known: Iterable[str]) -> dict[str, str]:
+    """{nanoGPT's name: ours} of NANOGPT_TRAINS. `known`: our settings, "model.n_layer" and all."""
+    ours = {name.rpartition(".")[2]: name for name in known}
+    return {name: NANOGPT.get(name) or ours[name] for name in NANOGPT_TRAINS}
+
+
+def from_nanogpt(found: Mapping[Any, Any], known: Iterable[str]) -> dict[str, Any]:
+    """{our setting: value} of the globals of nanoGPT's train.py, unchecked; `known` as above."""
+    out = {ours: found[name] for name, ours in nanogpt_names(known).items() if name in found}
+    if found.get("decay_lr") is False:
+        out |= {"optimizer.min_lr": out.get("optimizer.learning_rate", 6e-4)}
+        out |= {"optimizer.warmup_steps": 0}
+    # nanoGPT counts micro-batches, in training and in evaluation.
+    steps, size, batches = (
+        out.get(name) for name in ("gradient_accumulation_steps", "batch_size", "eval_batches")
+    )
+    if type(steps) is int and steps > 0:
+        out |= {"batch_size": size * steps} if type(size) is int else {}
+        out |= {"eval_batches": -(-batches // steps)} if type(batches) is int else {}
+    return out
+
 
 HUGGING_FACE = {
     "output_dir": "run_dir",

@@ -1,6 +1,5 @@
 """HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings follows a context?"""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.data.batches import Window, window_batch
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import hosts
-from gptjax.errors import UserError
+from gptjax.errors import UserError, first_line
 from gptjax.evaluation import Losses
 from gptjax.sampling import bucket
 
@@ -27,8 +25,7 @@ class Question(NamedTuple):
     label: int
 
 
-@dataclasses.dataclass(frozen=True)
-class HellaSwagResult:
+class HellaSwagResult(NamedTuple):
     """What `evaluate_questions` measured."""
 
     description: str
@@ -38,10 +35,9 @@ class HellaSwagResult:
     """The same by likelihood per token of the ending."""
 
     def report(self) -> str:
-        """For a reader: what was evaluated, and a line for each number."""
+        """What was evaluated, and a line for each number."""
         return (
-            f"{self.description}\n"
-            f"acc                 {self.acc:.4f}\n"
+            f"{self.description}\nacc                 {self.acc:.4f}\n"
             f"acc_norm            {self.acc_norm:.4f}  (by likelihood per token of the ending)"
         )
 
@@ -50,26 +46,22 @@ def read_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
     """The questions of a file in the public jsonl format: `ctx`, four `endings` and a `label`.
 
     Context and ending are encoded separately; the space between them belongs to the ending.
-
-    Raises:
-        UserError: the file cannot be read, a line is not of that form, or has characters that the
-            tokenizer does not know.
+    UserError: the file cannot be read, a line is not of that form, or has characters that the
+    tokenizer does not know.
     """
     questions = []
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"cannot read {path}: {reason}") from None
+        raise UserError(f"cannot read {path}: {first_line(error)}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
             context, endings, label = row["ctx"], row["endings"], int(str(row["label"]))
-            if not isinstance(endings, list) or len(endings) != ENDINGS:
-                raise ValueError
-            if not 0 <= label < ENDINGS or not context:
+            four = isinstance(endings, list) and len(endings) == ENDINGS
+            if not (context and four and 0 <= label < ENDINGS):
                 raise ValueError
             encoded = tuple(tokenizer.encode(" " + ending) for ending in endings)
             questions.append(Question(tokenizer.encode(context), encoded, label))
@@ -86,20 +78,12 @@ def read_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
 
 
 def evaluate_questions(
-    losses: Losses,
-    questions: list[Question],
-    config: ModelConfig,
-    *,
-    name: str,
-    rows: int,
+    losses: Losses, questions: list[Question], config: ModelConfig, *, name: str, rows: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> HellaSwagResult:
+) -> HellaSwagResult:  # fmt: skip
     """Accuracy on `questions`, which the report calls `name`. All hosts call this with the same
-    arguments; for the others see `ending_losses`.
-
-    Raises:
-        UserError: an ending does not fit the block, or the hosts have different questions.
-    """
+    arguments; for the others see `ending_losses`. UserError: an ending does not fit the block, or
+    the hosts have different questions."""
     tokens = [[part.tolist() for part in (q.context, *q.endings)] + [q.label] for q in questions]
     if not hosts.all_equal(f"{tokens} {rows}"):
         raise UserError("the hosts have different questions or settings; start the same on all")
@@ -108,13 +92,9 @@ def evaluate_questions(
 
 
 def ending_losses(
-    losses: Losses,
-    questions: list[Question],
-    config: ModelConfig,
-    *,
-    rows: int,
+    losses: Losses, questions: list[Question], config: ModelConfig, *, rows: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """float64 [questions, 4]: nats of each ending after its context. A context that does not fit
     the block together with the ending loses its beginning.
 
@@ -123,14 +103,13 @@ def ending_losses(
         rows: endings at a time, over all devices.
         progress: told how many endings of how many are done.
 
-    Raises:
-        UserError: an ending alone does not fit the block.
+    UserError: an ending alone does not fit the block.
     """
-    too_long = [e for q in questions for e in q.endings if len(e) > config.block_size]
-    if too_long:
+    size = config.block_size
+    if too_long := [len(e) for q in questions for e in q.endings if len(e) > size]:
         raise UserError(
-            f"{len(too_long)} endings are longer than the model's block_size {config.block_size}"
-            f" (the longest has {max(map(len, too_long))} tokens)"
+            f"{len(too_long)} endings are longer than the model's block_size {size}"
+            f" (the longest has {max(too_long)} tokens)"
         )
     texts = [(q.context, ending) for q in questions for ending in q.endings]
     # Texts of similar length together, for little padding.
@@ -139,13 +118,13 @@ def ending_losses(
     nats = np.zeros(len(texts))
     for done in range(0, len(order), rows):
         chosen = order[done : done + rows]
-        parts, windows, end = list[np.ndarray](), list[Window](), 0
-        for i in chosen:
-            parts.append(np.concatenate(texts[i])[-config.block_size - 1 :])
-            start, end = end, end + len(parts[-1])
-            windows.append(Window(start, end, max(start + 1, end - len(texts[i][1]))))
-        length = bucket(max(map(len, parts)) - 1, config.block_size)
-        batch, weights = window_batch(np.concatenate(parts), windows, length, rows)
+        parts = [np.concatenate(texts[i])[-size - 1 :] for i in chosen]
+        length = bucket(max(map(len, parts)) - 1, size)
+        batch, weights = np.zeros((rows, length + 1), "i4"), np.zeros((rows, length), "f4")
+        for row, (i, part) in enumerate(zip(chosen, parts, strict=True)):
+            batch[row, : len(part)] = part
+            # Those that predict the ending; its first token needs one before it.
+            weights[row, max(0, len(part) - len(texts[i][1]) - 1) : len(part) - 1] = 1
         sums, _ = losses(batch[ours], weights[ours])
         nats[chosen] = sums[: len(chosen)]
         progress(min(done + rows, len(order)), len(order))

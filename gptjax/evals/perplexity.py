@@ -1,7 +1,6 @@
 """How well a model predicts a text: loss in nats per token, and bits per character and per byte,
 which compare models with different tokenizers."""
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -36,8 +35,7 @@ class Text(NamedTuple):
     """Of the tokens."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TextResult:
+class TextResult(NamedTuple):
     """What `evaluate_text` measured."""
 
     description: str
@@ -53,10 +51,9 @@ class TextResult:
         return math.exp(min(700.0, self.loss))  # a larger one is no float
 
     def report(self) -> str:
-        """For a reader: what was evaluated, and a line for each number."""
+        """What was evaluated, and a line for each number."""
         return (
-            f"{self.description}\n"
-            f"loss                {self.loss:.4f} nats per token\n"
+            f"{self.description}\nloss                {self.loss:.4f} nats per token\n"
             f"perplexity          {self.perplexity:.4f}\n"
             f"bits per character  {self.bits_per_character:.4f}\n"
             f"bits per byte       {self.bits_per_byte:.4f}"
@@ -65,33 +62,21 @@ class TextResult:
 
 def read_text(source: str, tokenizer: Tokenizer) -> Text:
     """The documents of a file, folder or glob, concatenated. Between them stands the end-of-text
-    token if the tokenizer has one, else a line end.
-
-    Raises:
-        UserError: it cannot be read, or has characters that the tokenizer does not know.
-    """
-    parts: list[np.ndarray] = []
-    characters = size = 0
+    token if the tokenizer has one, else a line end. UserError: it cannot be read, or has characters
+    that the tokenizer does not know."""
     separator = "\n" if tokenizer.eot is None else None
-    for piece in corpus.read_pieces(corpus.find_files(source), separator):
-        if piece is None:
-            parts.append(np.array([tokenizer.eot], np.int32))
-        else:
-            parts.append(tokenizer.encode(piece))
-            characters, size = characters + len(piece), size + len(piece.encode())
-    tokens = np.concatenate(parts)
-    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return _without_first(Text(source, tokens, characters, size, digest), tokenizer)
+    tokens = np.concatenate([
+        np.array([tokenizer.eot], np.int32) if piece is None else tokenizer.encode(piece)
+        for piece in corpus.read_pieces(corpus.find_files(source), separator)
+    ])  # fmt: skip
+    return _text(source, tokens, tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest())
 
 
 def read_split(
     folder: Path, split: Literal["train", "val"], tokenizer: Tokenizer, fingerprint: str | None
 ) -> Text:
-    """A split of the data that a run was trained on, which have this `fingerprint`.
-
-    Raises:
-        UserError: the folder is missing, or holds other tokens now.
-    """
+    """A split of the data that a run was trained on, which have this `fingerprint`. UserError: the
+    folder is missing, or holds other tokens now."""
     if not folder.exists():
         raise UserError(
             f"the run's data are no longer at {folder}; say where with --data-dir, or name a text"
@@ -101,44 +86,39 @@ def read_split(
     if dataset.fingerprint != fingerprint:
         raise UserError(f"the tokens in {folder} are not those of the run; name a text with --text")
     tokens = dataset.train if split == "train" else dataset.val
-    text = Text(f"the {split} split", tokens, *text_size(tokens, tokenizer), dataset.fingerprint)
-    return _without_first(text, tokenizer)
+    return _text(f"the {split} split", tokens, tokenizer, dataset.fingerprint)
+
+
+def _text(name: str, tokens: Tokens, tokenizer: Tokenizer, digest: str) -> Text:
+    """The first token is not predicted; nor is its text, unless it ends within a character."""
+    (characters, size), first = text_size(tokens, tokenizer), _decode(tokens[:1], tokenizer)
+    if not first.endswith("\ufffd"):
+        characters, size = characters - len(first), size - len(first.encode())
+    return Text(name, tokens, characters, size, digest)
 
 
 def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
     """(characters, UTF-8 bytes) of the text that `tokens` spell, without end-of-text tokens."""
     characters = size = start = 0
     while start < len(tokens):
-        end = min(start + DECODED, len(tokens))
-        while True:
-            part = tokens[start:end]
-            text = tokenizer.decode(part[part != tokenizer.eot].tolist())
-            # A character's bytes may be spread over several tokens: do not cut between them.
-            if end == len(tokens) or not text.endswith("\ufffd") or end - start > DECODED + 8:
-                break
+        end = start + DECODED
+        text = _decode(tokens[start:end], tokenizer)
+        # A character's bytes may be spread over several tokens: do not cut between them.
+        while text.endswith("\ufffd") and end < min(len(tokens), start + DECODED + 9):
             end += 1
+            text = _decode(tokens[start:end], tokenizer)
         characters, size, start = characters + len(text), size + len(text.encode()), end
     return characters, size
 
 
-def _without_first(text: Text, tokenizer: Tokenizer) -> Text:
-    """The first token is not predicted; nor is its text, unless it ends within a character."""
-    first = tokenizer.decode(text.tokens[:1].tolist()) if text.tokens[:1] != tokenizer.eot else ""
-    if first.endswith("\ufffd"):
-        return text
-    characters, size = text.characters - len(first), text.bytes - len(first.encode())
-    return text._replace(characters=characters, bytes=size)
+def _decode(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(tokens[tokens != tokenizer.eot].tolist())
 
 
 def evaluate_text(
-    losses: Losses,
-    text: Text,
-    config: ModelConfig,
-    *,
-    rows: int,
-    stride: int | None = None,
+    losses: Losses, text: Text, config: ModelConfig, *, rows: int, stride: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> TextResult:
+) -> TextResult:  # fmt: skip
     """Predict every token of `text` but the first. All hosts call this with the same arguments.
 
     Args:
@@ -147,8 +127,7 @@ def evaluate_text(
         stride: tokens from one window to the next, see `windows_over`. None: config.block_size.
         progress: told how many windows of how many are done.
 
-    Raises:
-        UserError: there is nothing to predict, or the hosts have different texts or settings.
+    UserError: there is nothing to predict, or the hosts have different texts or settings.
     """
     stride = stride or config.block_size
     if not hosts.all_equal(f"{text.digest} {len(text.tokens)} {rows} {stride}"):
@@ -159,12 +138,6 @@ def evaluate_text(
     total = window_loss(losses, text.tokens, windows, config, rows, progress)
     assert total is not None, "only a stop signal ends it early"
     nats, count = total
-    bits = nats / math.log(2)
-    return TextResult(
-        f"{text.name}: {count:,} tokens predicted in windows of {config.block_size},"
-        f" {stride} apart",
-        count,
-        nats / count,
-        bits / text.characters,
-        bits / text.bytes,
-    )
+    bits, size = nats / math.log(2), config.block_size
+    what = f"{text.name}: {count:,} tokens predicted in windows of {size}, {stride} apart"
+    return TextResult(what, count, nats / count, bits / text.characters, bits / text.bytes)

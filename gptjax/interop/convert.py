@@ -38,31 +38,27 @@ def read_pretrained(
         tokenizer: see `find_tokenizer`.
         optimizer, gelu: of a ckpt.pt, see `nanogpt.read`.
 
-    Raises:
-        UserError: there is no such model or tokenizer, it is damaged, or we cannot compute exactly
-            what it does. RunError: a download fills the disk.
+    UserError: there is no such model or tokenizer, it is damaged, or we cannot compute exactly
+    what it does. RunError: a download fills the disk.
     """
     path = files.path(source)
     if (path / "checkpoints").is_dir():
         raise UserError(f"{source} is a run of gptjax already")
+    # A mistyped path must not become somebody's repository.
+    nowhere = not path.exists() and (path.parent == Path(".") or not path.parent.exists())
+    if nowhere and source.strip(".") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        path = huggingface.download(source)
     checkpoint = path if path.is_file() else path / "ckpt.pt"
     if (path / "config.json").is_file():
         weights = huggingface.read(path)
     elif checkpoint.is_file():
         weights, path = nanogpt.read(checkpoint, optimizer=optimizer, gelu=gelu), checkpoint.parent
-    # A mistyped path must not become somebody's repository.
-    elif not path.exists() and (path.parent == Path(".") or not path.parent.exists()) and (
-        re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and source.strip(".")
-    ):  # fmt: skip
-        path = huggingface.download(source)
-        weights = huggingface.read(path)
     else:
         raise UserError(
             f"no model at {source!r}: expected a Hugging Face folder (config.json), nanoGPT's"
             " ckpt.pt, or a name on the Hugging Face Hub such as gpt2-xl"
         )
-    rows = weights.config.model.vocab_size
-    assert rows is not None
+    rows = weights.config.model.padded_vocab_size
     found = find_tokenizer(tokenizer, path, rows)
     # Padding is usually up to a power of two.
     likely = (1, *(2**n for n in range(3, 14)), rows)
@@ -75,27 +71,19 @@ def read_pretrained(
 def find_tokenizer(name: str | None, folder: Path, rows: int) -> Tokenizer:
     """The tokenizer of a model whose embedding has `rows`: that of the folder `name`, or GPT-2's
     for "gpt2"; None: the one beside the weights in `folder`, or GPT-2's if the size is right.
-
-    Raises:
-        UserError: there is none, or it has more ids than the embedding.
-    """
-    found = None
+    UserError: there is none, or it has more ids than the embedding, or far fewer."""
+    where, found = files.path(name) if name else folder, None
     if name != "gpt2":
-        where = files.path(name) if name else folder
         run = run_metadata.newest_metadata(where)
         found = tokenizers.from_json(run.tokenizer, str(where)) if run else None
         found = found or token_files.read_tokenizer(where) or hf_tokenizer.read(where)
-        if name and found is None:
-            raise UserError(
-                f"--tokenizer {name}: expected gpt2, a run or data folder of gptjax, or a folder"
-                " with tokenizer files of Hugging Face or nanoGPT (meta.pkl)"
-            )
-    if name == "gpt2" or (found is None and GPT2_IDS <= rows <= GPT2_IDS + MAX_PADDING):
+    if name == "gpt2" or (not (name or found) and GPT2_IDS <= rows <= GPT2_IDS + MAX_PADDING):
         found = Gpt2Tokenizer()
     if found is None:
         raise UserError(
-            f"no tokenizer lies beside the weights, and {rows} ids are not GPT-2's; name the folder"
-            " of one with --tokenizer (nanoGPT's data folder with meta.pkl, say)"
+            f"no tokenizer lies in {where} for the model's {rows} ids; --tokenizer takes gpt2, a"
+            " run or data folder of gptjax, or a folder with tokenizer files of Hugging Face or"
+            " nanoGPT (meta.pkl)"
         )
     if not found.n_vocab or not 0 <= rows - found.n_vocab <= MAX_PADDING:
         raise UserError(
@@ -117,21 +105,18 @@ def write_pretrained(
         keep_padding: with the embedding's padded rows. They have no logits here, but would have in
             PyTorch.
 
-    Raises:
-        UserError: the format cannot express the model, or `folder` exists. RunError: it cannot be
-            written.
+    UserError: the format cannot express the model, or `folder` exists. RunError: it cannot be
+    written.
     """
     config = weights.config.model
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder or delete it")
-    missing = (
-        huggingface.obstacles(config) if format == "hf" else nanogpt.obstacles(config, tokenizer)
-    )
-    if missing:
+    hf = format == "hf"
+    if missing := huggingface.obstacles(config) if hf else nanogpt.obstacles(config, tokenizer):
         raise UserError(f"the format {format} cannot express {', '.join(missing)}")
     try:
         with files.new_folder(folder) as scratch:
-            if format == "hf":
+            if hf:
                 huggingface.write(weights, tokenizer, scratch, keep_padding=keep_padding)
             else:
                 nanogpt.write(weights, tokenizer, scratch, folder, keep_padding=keep_padding)
@@ -144,15 +129,10 @@ def import_model(
     gelu: Gelu = "erf",
 ) -> str:  # fmt: skip
     """Make a run directory with one checkpoint from what `read_pretrained` reads; a text that says
-    what was imported and how to go on.
-
-    Raises:
-        UserError: `run_dir` holds a run, or as `read_pretrained`. RunError: it cannot be written.
-    """
-    if run_metadata.newest_metadata(run_dir):
-        raise UserError(f"{run_dir} holds a run already; name another folder")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"{run_dir} is a file; name a folder")
+    what was imported and how to go on. UserError: `run_dir` holds a run, or as `read_pretrained`.
+    RunError: it cannot be written."""
+    if run_metadata.newest_metadata(run_dir) or run_dir.is_file():
+        raise UserError(f"{run_dir} holds a run already or is a file; name another folder")
     weights, found = read_pretrained(source, tokenizer=tokenizer, optimizer=optimizer, gelu=gelu)
     write_run(weights, found, run_dir)
     model = weights.config.model
@@ -172,8 +152,9 @@ def write_run(weights: Weights, tokenizer: Tokenizer, run_dir: Path) -> None:
     """A run directory with one checkpoint. RunError: it cannot be written."""
     runtime = dataclasses.replace(weights.runtime, run_dir=str(run_dir))
     metadata = CheckpointMetadata(weights.config, runtime, tokenizers.to_json(tokenizer))
-    arrays = {"params": weights.params, "opt_state": weights.opt_state}
-    arrays = {name: tree for name, tree in arrays.items() if tree is not None}
+    arrays = {"params": weights.params}
+    if weights.opt_state is not None:
+        arrays["opt_state"] = weights.opt_state
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with Checkpoints(run_dir, runtime.keep_checkpoints) as checkpoints:
@@ -188,22 +169,18 @@ def export_model(
     keep_padding: bool = False,
 ) -> str:  # fmt: skip
     """Write a run's checkpoint as `write_pretrained` does; a text that says what was written.
-
-    Raises:
-        UserError: there is no such run or checkpoint, or as `write_pretrained`. RunError: likewise.
-    """
+    UserError: there is no such run or checkpoint; both errors also as `write_pretrained`."""
     loaded = run_metadata.load_checkpoint(run_dir, checkpoint, optimizer=format == "nanogpt")
-    metadata = loaded.metadata
+    of = loaded.metadata
     weights = Weights(
-        metadata.config, loaded.params, metadata.runtime, loaded.step, loaded.opt_state,
-        metadata.best_val_loss,
-    )  # fmt: skip
-    tokenizer = tokenizers.from_json(metadata.tokenizer, str(run_dir))
+        of.config, loaded.params, of.runtime, loaded.step, loaded.opt_state, of.best_val_loss
+    )
+    tokenizer = tokenizers.from_json(of.tokenizer, str(run_dir))
     write_pretrained(weights, tokenizer, folder, format, keep_padding=keep_padding)
     said = f"wrote {folder} ({format})"
-    if (folder / "meta.pkl").exists():
-        said += (
-            "\nits ckpt.pt names this folder, where nanoGPT finds meta.pkl: if you move it, copy"
-            " meta.pkl to the data folder that nanoGPT looks in"
-        )
-    return said
+    if not (folder / "meta.pkl").exists():
+        return said
+    return (
+        f"{said}\nits ckpt.pt names this folder, where nanoGPT finds meta.pkl: if you move it, copy"
+        " meta.pkl to the data folder that nanoGPT looks in"
+    )

@@ -31,16 +31,12 @@ LONGEST_TOKEN = 256
 """Bytes of a token that we read; GPT-2's own have 128 at most. The check of the merges takes time
 that grows with the square of this."""
 
-
-def _byte_characters() -> dict[int, str]:
-    """GPT-2 spells bytes as printable characters: a byte that is one in Latin-1 as itself, the
-    others as those from U+0100 on."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    others = iter(alphabet[sum(ord(character) < 256 for character in alphabet) :])
-    return {byte: chr(byte) if chr(byte) in alphabet else next(others) for byte in range(256)}
-
-
-_CHARACTER_OF = _byte_characters()
+# GPT-2 spells bytes as printable characters: those that Latin-1 prints as themselves, the others as
+# the characters from U+0100 on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_CHARACTER_OF = {byte: chr(byte) for byte in _PRINTED}
+_CHARACTER_OF |= {byte: chr(0x100 + i) for i, byte in enumerate(_OTHERS)}
 _BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}
 
 
@@ -74,9 +70,8 @@ def convert(tokenizer: Tokenizer) -> HfTokenizer:
         out.decoder = decoders.Fuse()
         return out
     if isinstance(tokenizer, Gpt2Tokenizer):
-        vocab = {_spell(piece): rank for piece, rank in tokenizer.ranks.items()}
-        merges = _merges(tokenizer.ranks)
-        out = HfTokenizer(models.BPE(vocab | {END_OF_TEXT: tokenizer.eot}, merges))
+        vocab = {"".join(_CHARACTER_OF[b] for b in p): i for p, i in tokenizer.ranks.items()}
+        out = HfTokenizer(models.BPE(vocab | {END_OF_TEXT: tokenizer.eot}, _merges(vocab)))
         out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         out.decoder = decoders.ByteLevel()
         out.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
@@ -85,55 +80,42 @@ def convert(tokenizer: Tokenizer) -> HfTokenizer:
     pieces = [tokenizer.piece(i) for i in range(tokenizer.n_vocab)]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     # The same byte-pair encoding: the learned pieces come in the order of their merges.
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in tokenizer.learned_pieces()
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
+    merges = _merges({piece: rank for rank, piece in enumerate(tokenizer.learned_pieces())})
     out = HfTokenizer(models.BPE(vocab, merges, unk_token=pieces[0], byte_fallback=True))
     out.normalizer = normalizers.Replace(" ", SPACE)
     out.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    controls = [AddedToken(pieces[i], normalized=False) for i in tokenizer.control_ids()]
-    out.add_special_tokens(controls)
+    controls = tokenizer.control_ids()
+    out.add_special_tokens([AddedToken(pieces[i], normalized=False) for i in controls])
     out.add_tokens([AddedToken("\n", normalized=False)])
     return out
 
 
-def _spell(piece: bytes) -> str:
-    return "".join(_CHARACTER_OF[byte] for byte in piece)
-
-
-def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    """GPT-2's merges out of tiktoken's ranks. A piece is merged from the two parts that are left
-    of it when only lower ranks are merged."""
+def _merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
+    """The merges that make these pieces. A piece is merged from the two parts that are left of it
+    when only lower ranks are merged; if there are more, or one is no piece, it never is."""
     merges = []
     for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(piece) == 1:
-            continue
-        parts = [bytes([byte]) for byte in piece]
-        while len(parts) > 2:
+        parts, lowest = list(piece), -1
+        while len(parts) > 2 and lowest < rank:
             found = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-            i = found.index(min(found))
+            lowest = min(found)
+            i = found.index(lowest)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        merges.append((_spell(parts[0]), _spell(parts[1])))
+        if len(parts) == 2 and parts[0] in ranks and parts[1] in ranks:
+            merges.append((parts[0], parts[1]))
     return merges
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder; None if it has no tokenizer files.
-
-    Raises:
-        UserError: the files are damaged, or of a kind that we cannot follow exactly.
-    """
+    """The tokenizer of a Hugging Face folder; None if it has no tokenizer files. UserError: they
+    are damaged, or of a kind that we cannot follow exactly."""
     try:
         if (folder / "tokenizer.model").is_file():
             return _from_sentencepiece((folder / "tokenizer.model").read_bytes())
         if (folder / "tokenizer.json").is_file():
-            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-            return _from_hf(HfTokenizer.from_str(text))
+            return _from_hf(HfTokenizer.from_file(str(folder / "tokenizer.json")))
         if (folder / "vocab.json").is_file():
             return _from_hf(_from_vocab_files(folder))
     except Exception as error:  # the package raises nothing more special
@@ -157,8 +139,8 @@ def _from_sentencepiece(model: bytes) -> SentencePieceTokenizer:
 
 def _from_vocab_files(folder: Path) -> HfTokenizer:
     """vocab.json and merges.txt, with added_tokens.json where it is there."""
-    files = (str(folder / "vocab.json"), str(folder / "merges.txt"))
-    found = HfTokenizer(models.BPE.from_file(*files))
+    bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    found = HfTokenizer(bpe)
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     more = folder / "added_tokens.json"
     added = read_json(more) if more.is_file() else {}
@@ -175,11 +157,10 @@ def _from_hf(found: HfTokenizer) -> Tokenizer:
     # Before the package lists them: it counts to the largest.
     if sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError("its ids are not 0, 1, 2, ...")
-    state, allowed = _state(found), set[str]()
-    kind = state["type"], (state["pre_tokenizer"] or {}).get("type")
-    if kind == ("WordLevel", "Split") and all(len(token) == 1 for token in tokens):
+    allowed = set[str]()
+    if all(len(token) == 1 for token in tokens):
         ours: Tokenizer = CharTokenizer("".join(tokens))
-    elif kind == ("BPE", "ByteLevel"):
+    else:
         allowed = {END_OF_TEXT}
         if tokens.pop() != END_OF_TEXT:
             raise ValueError(f"{END_OF_TEXT} is not its last id")
@@ -189,8 +170,7 @@ def _from_hf(found: HfTokenizer) -> Tokenizer:
         if not {bytes([byte]) for byte in range(256)}.issubset(pieces):
             raise ValueError("not all bytes are among its tokens")
         ours = Gpt2Tokenizer({piece: id_ for id_, piece in enumerate(pieces)})
-    else:
-        raise ValueError(f"a {kind[0]} tokenizer of another kind")
+    state = _state(found)
     wrong = [name for name, value in _state(convert(ours)).items() if state.get(name) != value]
     wrong += [t.content for t in found.get_added_tokens_decoder().values()
               if t.content not in allowed]  # fmt: skip

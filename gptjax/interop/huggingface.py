@@ -29,27 +29,21 @@ SIZES = {
 
 
 def read(folder: Path) -> Weights:
-    """The GPT-2 in a folder.
-
-    Raises:
-        UserError: files are missing or damaged, tensors do not fit, or the model is not a GPT-2
-            that we compute exactly.
-    """
+    """The GPT-2 in a folder. UserError: files are missing or damaged, tensors do not fit, or the
+    model is not a GPT-2 that we compute exactly."""
     where = str(folder / "config.json")
     settings = read_object(folder / "config.json")
     fields, notes = _model_fields(settings, where)
     model = model_config(fields, where)
     # We export the biases that a model does not have as zeros, and note here which.
-    ours = settings.get("gptjax")
-    if isinstance(ours, dict):
-        fields |= {name: ours[name] for name in ("bias", "qkv_bias") if name in ours}
+    noted = settings.get("gptjax")
+    if isinstance(noted, dict):
+        fields |= {name: noted[name] for name in ("bias", "qkv_bias") if name in noted}
     smaller = model_config(fields, where)
-    tensors = hugging_face_tensors(folder)
-    params = parameter_names.from_torch(tensors, model, "in_out", str(folder))
-    if smaller != model:
-        fewer = parameter_names.without_zeros(params, smaller)
-        model, params = (model, params) if fewer is None else (smaller, fewer)
-    return Weights(dataclasses.replace(FINETUNE, model=model), params, notes=tuple(notes))
+    params = parameter_names.from_torch(hugging_face_tensors(folder), model, "in_out", str(folder))
+    if fewer := parameter_names.without_zeros(params, smaller):
+        model, params = smaller, fewer
+    return Weights(FINETUNE.replace(model=model), params, notes=tuple(notes))
 
 
 def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
@@ -65,38 +59,35 @@ def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any],
         "n_inner": (None, 4 * width if isinstance(width, int) else 0),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     }
-    found = {name: settings.get(name, values[0]) for name, values in allowed.items()}
     wrong = [
-        f"{name} {quoted(found[name])} (expected {' or '.join(map(quoted, values))})"
+        f"{name} {quoted(found)} (expected {' or '.join(map(quoted, values))})"
         for name, values in allowed.items()
-        if found[name] not in values
+        if (found := settings.get(name, values[0])) not in values
     ]
     wrong += [f"{name} is missing" for name in SIZES if name not in settings]
+    rates = [settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd", "attn")]
+    wrong += [f"dropout {quoted(rate)}" for rate in rates if not isinstance(rate, int | float)]
     if wrong:
         raise UserError(f"{where} is not of a GPT-2 that gptjax can compute: {', '.join(wrong)}")
-    rates = [settings.get(f"{name}_pdrop", 0.1) for name in ("resid", "embd", "attn")]
-    odd = [rate for rate in rates if not isinstance(rate, (int, float))]  # refused by their name
-    alike, notes = rates.count(rates[0]) == len(rates), list[str]()
-    if not odd and not alike:
-        notes = [f"dropout is set to 0 (resid, embd and attn have {rates}; we have one rate)"]
     fields = {ours: settings[name] for name, ours in SIZES.items()} | {
-        "gelu": "erf" if found["activation_function"] == "gelu" else "tanh",
+        "gelu": "erf" if settings.get("activation_function") == "gelu" else "tanh",
         "tied_head": settings.get("tie_word_embeddings", True),
-        "dropout": odd[0] if odd else rates[0] if alike else 0.0,
+        "dropout": rates[0],
     }
-    return fields, notes
+    if rates.count(rates[0]) == len(rates):
+        return fields, []
+    note = f"dropout is set to 0 (resid, embd and attn have {rates}; we have one rate)"
+    return fields | {"dropout": 0.0}, [note]
 
 
 def obstacles(config: ModelConfig) -> list[str]:
     """What of this model the format cannot say; empty if it can be exported exactly."""
-    out = []
-    if config.n_layer == 0:
-        out.append("n_layer 0 (there the format has a final LayerNorm, we have none)")
-    if config.position == "sinusoidal":
-        out.append("sinusoidal positions")
-    if "banded" in config.attention_pattern:
-        out.append("banded attention")
-    return out
+    differs = {
+        "n_layer 0 (there the format has a final LayerNorm, we have none)": config.n_layer == 0,
+        "sinusoidal positions": config.position == "sinusoidal",
+        "banded attention": "banded" in config.attention_pattern,
+    }
+    return [what for what, is_so in differs.items() if is_so]
 
 
 def convert(
@@ -130,11 +121,7 @@ def write(
     keep_padding: bool = False, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Write config.json, model.safetensors (in files of at most `shard_bytes`) and the tokenizer's
-    files.
-
-    Raises:
-        OSError, safetensors.SafetensorError: they cannot be written.
-    """
+    files. OSError, safetensors.SafetensorError: they cannot be written."""
     config = weights.config.model
     settings, tensors = convert(weights.params, config, keep_padding=keep_padding)
     # None: transformers would fill in GPT-2's ids.
@@ -155,11 +142,8 @@ def write(
 
 
 def download(name: str) -> Path:
-    """The folder with a model of the Hugging Face Hub; it is fetched once.
-
-    Raises:
-        UserError: there is no network, or no such model. RunError: the disk is full.
-    """
+    """The folder with a model of the Hugging Face Hub; it is fetched once. UserError: there is no
+    network, or no such model. RunError: the disk is full."""
     print(f"there is no file or folder {name}: asking the Hugging Face Hub for it", flush=True)
     small = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"]
     for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"]):

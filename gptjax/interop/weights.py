@@ -29,11 +29,8 @@ class Weights(NamedTuple):
 
 
 def model_config(fields: dict[Any, Any], where: str) -> ModelConfig:
-    """The network's settings from a file that `where` names.
-
-    Raises:
-        UserError: a setting is unknown, ill-typed or out of range, or there is no vocab_size.
-    """
+    """The network's settings from a file that `where` names. UserError: a setting is unknown,
+    ill-typed or out of range, or there is no vocab_size."""
     config = from_dict(ModelConfig, plain(fields), where)
     if config.vocab_size is None:
         raise UserError(f"{where}: vocab_size is None; expected a number")
@@ -46,8 +43,8 @@ def plain(fields: dict[Any, Any]) -> dict[str, Any]:
     the name of their type, which `from_dict` refuses."""
 
     def spell(value: Any) -> Any:
-        short = isinstance(value, (str, float, type(None))) or (
-            isinstance(value, int) and abs(value) < 2**63
+        short = (
+            abs(value) < 2**63 if isinstance(value, int) else isinstance(value, str | float | None)
         )
         return value if short else f"a {type(value).__name__}"
 

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax.traverse_util import flatten_dict
 
-from gptjax import attention, model, optim, run_metadata, sampling, train_step
+from gptjax import attention, model, optim, run, sampling, train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
-from gptjax.data import token_files, tokenizers
+from gptjax.data import token_files
 from gptjax.data.batches import Tokens, batch_at
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import setup
@@ -29,29 +29,22 @@ from gptjax.errors import RunError, UserError
 from gptjax.evals import perplexity
 from gptjax.interop import parameter_names
 from gptjax.interop.parameter_names import PREFIX
-from gptjax.interop.tensor_files import torch_tensors
 from gptjax.parity.reference import Against, Precision, Reference
 from gptjax.runtime_config import ComputeConfig
 
-
-class Tolerance(NamedTuple):
-    """The largest difference that passes: relative errors, but for the losses, in nats."""
-
-    activation: float
-    logits: float
-    loss: float
-    gradient: float
-    update: float
-    trajectory: float
-    greedy: float
-    """Share of greedy tokens that may differ."""
-
-
-TOLERANCES: dict[Precision, Tolerance] = {
-    "float32": Tolerance(1e-5, 1e-5, 1e-5, 1e-4, 1e-4, 1e-3, 0.0),
+TOLERANCES: dict[Precision, dict[str, float]] = {
+    "float32": {
+        "activation": 1e-5, "logits": 1e-5, "loss": 1e-5, "gradient": 1e-4, "update": 1e-4,
+        "trajectory": 1e-3, "greedy": 0.0,
+    },
     # Parameters and optimizer are float32 here too. Greedy tokens are not judged.
-    "bfloat16": Tolerance(3e-2, 3e-2, 1e-2, 1e-1, 1e-4, 2e-2, math.inf),
-}
+    "bfloat16": {
+        "activation": 3e-2, "logits": 3e-2, "loss": 1e-2, "gradient": 1e-1, "update": 1e-4,
+        "trajectory": 2e-2, "greedy": math.inf,
+    },
+}  # fmt: skip
+"""The largest difference that passes: relative errors, but of losses (`loss` and, in training,
+`trajectory`) nats, and `greedy` the share of tokens that may differ."""
 
 OPTIMIZER_STEPS = 5
 """AdamW's steps from the same gradients: the first shows neither its betas nor the schedule."""
@@ -74,31 +67,15 @@ class Row(NamedTuple):
         return getattr(self, self.judged) <= self.limit  # False for NaN
 
 
-def difference(name: str, ours: Any, expected: Any, limit: float, *, shown: bool = True) -> Row:
-    """Compare two arrays of one shape."""
+def difference(name: str, ours: Any, expected: Any, limit: float, **how: Any) -> Row:
+    """Compare two arrays of one shape. `how`: more fields of the row."""
     ours, expected = np.asarray(ours, np.float64), np.asarray(expected, np.float64)
     gap = ours - expected
     absolute, norm = float(np.abs(gap).max(initial=0)), float(np.linalg.norm(gap))
     size, largest = float(np.linalg.norm(expected)), float(np.abs(expected).max(initial=0))
     # A row that is all wrong may be lost in the norm of a large tensor, but not in its maximum.
     relative = max(norm / size, absolute / largest) if size else (0.0 if norm == 0 else math.inf)
-    return Row(name.replace(PREFIX, ""), absolute, relative, limit, shown=shown)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _with_activations(
-    params: Any, tokens: jax.Array, config: ModelConfig, compute: ComputeConfig
-) -> Any:
-    parts = (model.Block, model.CausalSelfAttention, model.MLP, nn.LayerNorm)
-
-    def wanted(module: nn.Module, method: str) -> bool:
-        part = isinstance(module, parts) or module.path == ("Dropout_0",)
-        return part and method == "__call__"
-
-    (logits, _), found = model.GPT(config, compute, train=False).apply(
-        {"params": params}, tokens, capture_intermediates=wanted, mutable=["intermediates"]
-    )
-    return logits, found["intermediates"]
+    return Row(name.replace(PREFIX, ""), absolute, relative, limit, **how)
 
 
 def our_activations(
@@ -106,23 +83,32 @@ def our_activations(
 ) -> dict[str, np.ndarray]:
     """The outputs of the embedding and of every part of every block, by PyTorch's names, and the
     logits; in the order in which they are computed."""
-    logits, found = _with_activations(params, tokens, config, compute)
-
-    def output(tree: Any) -> np.ndarray:
-        """[L, B, T, C], or [1, B, T, C]."""
-        value = tree["__call__"][0]
-        while isinstance(value, tuple):  # a block returns ((x, cache), None)
-            value = value[0]
-        return np.asarray(value, np.float32).reshape(-1, *tokens.shape, config.n_embd)
-
-    out = {"drop": output(found["Dropout_0"])[0]}
+    found = _outputs(params, tokens, config, compute)
+    stacks = {name: np.asarray(x, np.float32) for name, x in found.items()}
+    out = {"drop": stacks["Dropout_0"][0]}
     for i in range(config.n_layer):
-        for part in ("ln_1", "attn", "ln_2", "mlp"):
-            out[f"h.{i}.{part}"] = output(found["h"][part])[i]
-        out[f"h.{i}"] = output(found["h"])[i]
+        for part in (".ln_1", ".attn", ".ln_2", ".mlp", ""):
+            out[f"h.{i}{part}"] = stacks[f"h{part}"][i]
     if config.n_layer:
-        out["ln_f"] = output(found["ln_f"])[0]
-    return out | {"logits": np.asarray(logits)}
+        out["ln_f"] = stacks["ln_f"][0]
+    return out | {"logits": stacks["logits"]}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _outputs(
+    params: Any, tokens: jax.Array, config: ModelConfig, compute: ComputeConfig
+) -> dict[str, jax.Array]:
+    """Of the modules that `our_activations` takes [L, B, T, C], or [1, B, T, C]; and the logits.
+    The compiler removes what the others return."""
+    (logits, _), found = model.GPT(config, compute, train=False).apply(
+        {"params": params}, tokens, capture_intermediates=True, mutable=["intermediates"]
+    )
+    flat, out = flatten_dict(found["intermediates"], sep="."), {"logits": logits}
+    for name in ("Dropout_0", "h.ln_1", "h.attn", "h.ln_2", "h.mlp", "h", "ln_f"):
+        if calls := flat.get(f"{name}.__call__"):
+            first = jax.tree.leaves(calls)[0]  # a block returns (x, cache)
+            out[name] = first.reshape(-1, *tokens.shape, config.n_embd)
+    return out
 
 
 _jit = functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -143,7 +129,7 @@ class Comparison:
     batch: Callable[[int], np.ndarray]
     """step -> int32 windows [B, T + 1]."""
     reference: Reference
-    limits: Tolerance = TOLERANCES["float32"]
+    limits: dict[str, float] = dataclasses.field(default_factory=TOLERANCES["float32"].copy)
     greedy_tokens: int = 200
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     title: str = ""
@@ -151,24 +137,25 @@ class Comparison:
 
     def run(self, progress: Callable[[str], None] = lambda _: None) -> list[Row]:
         """All rows, in the order of computation."""
+        parts = {
+            "activations": self.activations, "gradients": self.gradients, "AdamW": self.optimizer,
+            "greedy tokens": self.greedy, "training": lambda: self.training(progress),
+        }  # fmt: skip
+        rows: list[Row] = []
         with jax.default_matmul_precision("highest"):
-            progress("activations")
-            rows = self.activations()
-            progress("gradients")
-            rows += self.gradients()
-            progress("AdamW")
-            rows += self.optimizer()
-            progress("greedy tokens")
-            return [*rows, self.greedy(), *self.training(progress)]
+            for name, compare in parts.items():
+                progress(name)
+                rows += compare()
+        return rows
 
     def activations(self) -> list[Row]:
         """The output of every part, from the embedding to the logits."""
-        tokens, limits = self.batch(0)[:, :-1], self.limits
+        tokens = self.batch(0)[:, :-1]
         ours = our_activations(self.params, tokens, self.config.model, self.compute)
         expected = self.reference.activations(torch.from_numpy(tokens).long())
         rows = []
         for name, value in ours.items():
-            limit = limits.logits if name == "logits" else limits.activation
+            limit = self.limits["logits" if name == "logits" else "activation"]
             label, inner = "embedding" if name == "drop" else name, name.count(".") > 1
             rows.append(difference(label, value, expected[name], limit, shown=not inner))
         return rows
@@ -177,14 +164,12 @@ class Comparison:
         """The loss, and its gradients from the last layer to the first, as they are computed."""
         config, windows = self.config.model, self.batch(0)
         loss, tree = _loss_and_gradients(self.params, windows, config=config, compute=self.compute)
-        row = difference("loss", loss, self.reference.backward(windows), self.limits.loss)
-        limit = self.limits.gradient
-        layout, expected = self.reference.layout, self.reference.gradients()
-        ours = parameter_names.to_torch(tree, config, layout, padding=False)
-        return [row._replace(judged="absolute")] + [
-            difference(f"gradient {name}", ours[name], expected[name], limit)
-            for name in reversed(expected)
-        ]
+        theirs, limits = self.reference.backward(windows), self.limits
+        rows = [difference("loss", loss, theirs, limits["loss"], judged="absolute")]
+        ours = parameter_names.to_torch(tree, config, self.reference.layout, padding=False)
+        for name, expected in reversed(self.reference.gradients().items()):
+            rows.append(difference(f"gradient {name}", ours[name], expected, limits["gradient"]))
+        return rows
 
     def optimizer(self) -> list[Row]:
         """The parameters after one AdamW step, and after a few, both from PyTorch's gradients: what
@@ -193,7 +178,7 @@ class Comparison:
         Relative to how far they moved, because an error of the optimizer is small beside the
         parameters themselves.
         """
-        reference, steps, limit = self.reference, OPTIMIZER_STEPS, self.limits.update
+        reference, steps, limit = self.reference, OPTIMIZER_STEPS, self.limits["update"]
         # PyTorch has no padded rows.
         network = dataclasses.replace(self.config.model, vocab_multiple=1)
         rates = dataclasses.replace(
@@ -202,8 +187,7 @@ class Comparison:
         config = dataclasses.replace(self.config, model=network, optimizer=rates, max_steps=steps)
 
         def tree(arrays: dict[str, np.ndarray]) -> Any:
-            named = torch_tensors({n: torch.from_numpy(x) for n, x in arrays.items()}, "PyTorch")
-            params = parameter_names.from_torch(named, network, reference.layout, "PyTorch")
+            params = parameter_names.from_torch({**arrays}, network, reference.layout, "PyTorch")
             return jax.tree.map(jnp.array, params)
 
         before = reference.values()
@@ -221,14 +205,11 @@ class Comparison:
             ]
             if step == 0:
                 rows = [row._replace(name=f"AdamW step {row.name}") for row in moved]
-        worst = max(moved, key=lambda row: row.relative)
+        worst = max(moved, key=lambda row: (not row.passed, row.relative))  # NaN is no maximum
         reference.restore(before)
-        return [
-            *rows,
-            worst._replace(name=f"{steps} AdamW steps (most {worst.name})"),
-        ]
+        return [*rows, worst._replace(name=f"{steps} AdamW steps (most {worst.name})")]
 
-    def greedy(self) -> Row:
+    def greedy(self) -> list[Row]:
         """A prompt's likeliest continuation."""
         config, limits, count = self.config.model, self.limits, self.greedy_tokens
         prompt = self.batch(0)[0, : max(1, min(8, config.block_size // 2))]
@@ -236,18 +217,16 @@ class Comparison:
         ours = np.concatenate(list(pieces), axis=1)[0]
         expected = self.reference.greedy(prompt, count)
         differ = np.flatnonzero(ours != expected)
-        if not len(differ):
-            return Row(f"greedy tokens, {count} of {count} the same", 0.0, 0.0, limits.greedy)
-        at = int(differ[0])
-        # Two tokens may be as likely as makes no difference: then either is right.
-        text = np.concatenate([prompt, expected[:at]])[-config.block_size :][None]
-        logits = np.asarray(model.apply(config, self.params, jnp.asarray(text))[0][0, -1])
-        gap = abs(float(logits[ours[at]] - logits[expected[at]])) / float(np.abs(logits).max())
-        if gap <= limits.logits:
-            name = f"greedy tokens, {at} of {count} the same, then a tie"
-            return Row(name, gap, gap, limits.logits)
-        share = (count - at) / count
-        return Row(f"greedy tokens, {at} of {count} the same", share, share, limits.greedy)
+        at = int(differ[0]) if len(differ) else count
+        name, share = f"greedy tokens, {at} of {count} the same", (count - at) / count
+        if share:
+            # Two tokens may be as likely as makes no difference: then either is right.
+            text = np.concatenate([prompt, expected[:at]])[-config.block_size :][None]
+            logits = np.asarray(model.apply(config, self.params, jnp.asarray(text))[0][0, -1])
+            gap = abs(float(logits[ours[at]] - logits[expected[at]])) / float(np.abs(logits).max())
+            if gap <= limits["logits"]:
+                return [Row(f"{name}, then a tie", gap, gap, limits["logits"])]
+        return [Row(name, share, share, limits["greedy"])]
 
     def training(self, progress: Callable[[str], None]) -> list[Row]:
         """The loss of every step of training both on the same batches."""
@@ -259,10 +238,11 @@ class Comparison:
             state, metrics = _train_step(state, batch, config=self.config, compute=self.compute)
             expected = self.reference.backward(windows)
             update(i)
-            name = f"step {i + 1} of training, loss {expected:.5f}"
-            row = difference(name, metrics["train_loss"], expected, self.limits.trajectory)
-            shown = i == 0 or (i + 1) % max(1, steps // 10) == 0
-            rows.append(row._replace(judged="absolute", shown=shown))
+            rows.append(difference(
+                f"step {i + 1} of training, loss {expected:.5f}", metrics["train_loss"], expected,
+                self.limits["trajectory"], judged="absolute",
+                shown=i == 0 or (i + 1) % max(1, steps // 10) == 0,
+            ))  # fmt: skip
             progress(f"training step {i + 1} of {steps}")
         return rows
 
@@ -274,19 +254,19 @@ def _first_state(params: Any, config: TrainConfig) -> train_step.TrainState:
 
 def table(rows: list[Row], *, every: bool = False) -> list[str]:
     """Lines of text. Without `every`, one line for a parameter of all layers: the worst of them."""
-    shown = [row for row in rows if row.shown or not row.passed or every]
-    if not every:
-        worst: dict[str, Row] = {}
-        for row in shown:
-            kind = re.sub(r"^(gradient|AdamW step) h\.\d+\.", r"\1 h.*.", row.name)
-            if kind not in worst or not row.relative <= worst[kind].relative:
-                layer = row.name.removeprefix(kind.split("*")[0])
-                label = f"{kind} ({layer.split('.')[0]})" if "*" in kind else kind
-                worst[kind] = row._replace(name=label)
-        shown = list(worst.values())
-    width = max(len(row.name) for row in shown)
+    shown: dict[str, Row] = {}
+    for row in rows:
+        kind = label = row.name
+        layer = re.match(r"(gradient|AdamW step) h\.(\d+)\.(.+)", row.name)
+        if layer and not every:
+            kind = f"{layer[1]} h.*.{layer[3]}"
+            label = f"{kind} ({layer[2]})"
+        wanted = row.shown or not row.passed or every
+        if wanted and not (kind in shown and row.relative <= shown[kind].relative):
+            shown[kind] = row._replace(name=label)
+    width = max(len(row.name) for row in shown.values())
     lines = [f"{'':{width}}  max |diff|  relative  tolerance"]
-    for row in shown:
+    for row in shown.values():
         limit = f"{row.limit:.0e}" + (" abs" if row.judged == "absolute" else "    ")
         verdict = "pass" if row.passed else "FAIL"
         if row.limit == math.inf:
@@ -314,20 +294,15 @@ def open_comparison(
     greedy_tokens: int = 200, precision: Precision = "float32", checkpoint: str = "best",
     seed: int = 1337,
 ) -> Comparison:  # fmt: skip
-    """A run's model beside PyTorch's. The arguments are the flags of `gptjax compare`.
-
-    Raises:
-        UserError: there is no such run or text, Hugging Face's GPT-2 cannot express the model, or
-            the sequence length does not fit.
-    """
-    loaded = run_metadata.load_checkpoint(run_dir, checkpoint)
-    settings = loaded.metadata.config
-    tokenizer = tokenizers.from_json(loaded.metadata.tokenizer, str(run_dir))
-    network = dataclasses.replace(settings.model, dropout=0.0, dtype=precision)
+    """A run's model beside PyTorch's. The arguments are the flags of `gptjax compare`. UserError:
+    there is no such run or text, Hugging Face's GPT-2 cannot express the model, or the sequence
+    length does not fit."""
+    loaded = run.load(run_dir, checkpoint, dtype=precision)
+    network = dataclasses.replace(loaded.config, dropout=0.0)
     length = sequence_length or network.block_size
     if length > network.block_size:
         raise UserError(f"--sequence-length {length} exceeds the block_size {network.block_size}")
-    tokens, where = _read_tokens(text, settings.data.dir, tokenizer, seed)
+    tokens, where = _read_tokens(text, loaded.experiment.data.dir, loaded.tokenizer, seed)
     if len(tokens) <= length:
         raise UserError(f"{where} has {len(tokens)} tokens; expected more than {length}")
     rates = OptimizerConfig(learning_rate, learning_rate / 10, warmup_steps=10, beta2=0.95)

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.interop import huggingface, parameter_names
-from gptjax.interop.parameter_names import EMBEDDING, HEAD, PREFIX, Layout
+from gptjax.interop.parameter_names import PREFIX, Layout
+from gptjax.interop.tensor_files import optional
 from gptjax.parity import torch_gpt
 
 Against = Literal["hf", "nanogpt-style"]
@@ -32,10 +34,18 @@ class Reference:
         )
         self.block_size = config.block_size
         if against == "hf":
-            self.model = _hugging_face(params, config)
+            transformers = optional("transformers", "--against hf")
+            if missing := ", ".join(huggingface.obstacles(config)):
+                raise UserError(
+                    f"Hugging Face's GPT-2 cannot express {missing}; use --against nanogpt-style"
+                )
+            settings, tensors = huggingface.convert(params, config)
+            settings |= {"bos_token_id": None, "eos_token_id": None}  # not GPT-2's
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(settings))
         else:
             tensors = parameter_names.to_torch(params, config, self.layout, padding=False)
-            self.model = torch_gpt.from_state_dict(config, tensors)
+            model = None
+        self.model = torch_gpt.from_state_dict(config, tensors, model)
         # What we do not have (Hugging Face's GPT-2 always has biases) stays zero.
         ours = parameter_names.torch_parameters(config, self.layout)
         for name, parameter in self.model.named_parameters():
@@ -55,29 +65,27 @@ class Reference:
         loss.backward()
         return loss.item()
 
-    def parameters(self) -> dict[str, torch.nn.Parameter]:
+    def parameters(self) -> dict[str, Any]:
         """Those that are trained, by name."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
 
     def gradients(self) -> dict[str, np.ndarray]:
         """Of the last backward pass, by parameter."""
-        gradients = {name: parameter.grad for name, parameter in self.parameters().items()}
-        return {n: grad.numpy().copy() for n, grad in gradients.items() if grad is not None}
+        return {name: p.grad.numpy().copy() for name, p in self.parameters().items()}
 
     def optimizer(self, config: TrainConfig) -> Callable[[int], None]:
         """A fresh AdamW: step -> update by the gradients of the last backward pass."""
-        settings = config.optimizer
+        rates = config.optimizer
         adamw = torch_gpt.adamw(
-            self.model, learning_rate=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay,
+            self.model, learning_rate=0.0, betas=(rates.beta1, rates.beta2),
+            weight_decay=rates.weight_decay,
         )  # fmt: skip
-        trained = list(self.parameters().values())
 
         def update(step: int) -> None:
             for group in adamw.param_groups:
                 group["lr"] = learning_rate(config, step)
-            if settings.grad_clip:
-                clip(trained, settings.grad_clip)
+            if rates.grad_clip:
+                clip([*self.parameters().values()], rates.grad_clip)
             adamw.step()
 
         return update
@@ -86,32 +94,26 @@ class Reference:
         """Copies of the trained parameters, by name."""
         return {name: p.detach().numpy().copy() for name, p in self.parameters().items()}
 
-    @torch.no_grad()
     def restore(self, values: dict[str, np.ndarray]) -> None:
         """Put back what `values` returned."""
-        for name, parameter in self.parameters().items():
-            parameter.copy_(torch.from_numpy(values[name]))
+        tensors = {name: torch.from_numpy(value) for name, value in values.items()}
+        self.model.load_state_dict(tensors, strict=False)
 
     @torch.no_grad()
     def activations(self, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-        """The outputs of the embedding and of every part of every block, by name; and the
-        logits."""
+        """The outputs of the embedding and every part of every block, by name; and the logits."""
         found: dict[str, np.ndarray] = {}
+        names = {module: name.removeprefix(PREFIX) for name, module in self.model.named_modules()}
 
-        def hook(name: str, _module: Any, _inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            found[name] = output.float().numpy()
+        def hook(module: Any, _inputs: Any, output: Any) -> None:
+            name = names.get(module, "")
+            if re.fullmatch(r"drop|ln_f|h\.\d+(\.(ln_1|attn|ln_2|mlp))?", name):
+                output = output[0] if isinstance(output, tuple) else output
+                found[name] = output.float().numpy()
 
-        parts = re.compile(re.escape(PREFIX) + r"(drop|ln_f|h\.\d+(\.(ln_1|attn|ln_2|mlp))?)")
-        hooks = [
-            module.register_forward_hook(functools.partial(hook, match[1]))
-            for name, module in self.model.named_modules()
-            if (match := parts.fullmatch(name))
-        ]
-        found["logits"] = self.logits(tokens).float().numpy()
-        for handle in hooks:
-            handle.remove()
-        return found
+        with register_module_forward_hook(hook):
+            logits = self.logits(tokens).float().numpy()
+        return found | {"logits": logits}
 
     @torch.no_grad()
     def greedy(self, prompt: np.ndarray, count: int) -> np.ndarray:
@@ -129,26 +131,6 @@ class Reference:
                     last = self.logits(text[:, -self.block_size :])[:, -1]
                     text = torch.cat([text, last.argmax(-1, keepdim=True)], dim=1)
         return text[0, len(prompt) :].numpy()
-
-
-def _hugging_face(params: Any, config: ModelConfig) -> Any:
-    try:
-        import transformers  # optional: only this comparison needs it
-    except ImportError:
-        raise UserError(
-            "--against hf needs transformers: pip install -r requirements-torch.txt"
-        ) from None
-    if missing := huggingface.obstacles(config):
-        raise UserError(
-            f"Hugging Face's GPT-2 cannot express {', '.join(missing)}; use --against nanogpt-style"
-        )
-    settings, tensors = huggingface.convert(params, config)
-    if config.tied_head:
-        tensors[HEAD] = tensors[EMBEDDING]
-    ends = {"bos_token_id": None, "eos_token_id": None}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config.from_dict(settings | ends))
-    model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
-    return model.eval()
 
 
 def clip(parameters: list[torch.nn.Parameter], limit: float) -> None:

@@ -7,6 +7,7 @@ nanoGPT's names; that is all the two have to agree on.
 Letters in shape comments: B batch, T tokens, C n_embd, H heads, D head size, V vocabulary.
 """
 
+import collections
 import math
 from typing import Any
 
@@ -42,27 +43,21 @@ class SelfAttention(nn.Module):
             y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(size)
-            visible = torch.ones(time, time, device=x.device).tril().bool()
-            visible &= ~torch.ones(time, time, device=x.device).tril(-self.window).bool()
-            scores = scores.masked_fill(~visible, float("-inf"))
+            visible = torch.ones(time, time, device=x.device).tril().triu(1 - self.window)
+            scores = scores.masked_fill(visible == 0, float("-inf"))
             y = functional.dropout(scores.softmax(dim=-1), dropout) @ v
         return functional.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), dropout)
 
 
-class MLP(nn.Module):
-    """Two linear layers with GELU between them."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.form = {"erf": "none", "tanh": "tanh"}[config.gelu]
-        self.dropout = config.dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, C] -> [B, T, C]."""
-        y = self.c_proj(functional.gelu(self.c_fc(x), approximate=self.form))
-        return functional.dropout(y, self.dropout, self.training)
+def mlp(config: ModelConfig) -> nn.Module:
+    """Two linear layers with GELU between them: [B, T, C] -> [B, T, C]."""
+    parts: dict[str, nn.Module] = {
+        "c_fc": nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias),
+        "gelu": nn.GELU({"erf": "none", "tanh": "tanh"}[config.gelu]),
+        "c_proj": nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias),
+        "dropout": nn.Dropout(config.dropout),
+    }
+    return nn.Sequential(collections.OrderedDict(parts))
 
 
 class Block(nn.Module):
@@ -73,47 +68,12 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = SelfAttention(config, window, fused)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp = mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-
-
-class Trunk(nn.Module):
-    """All but the output head, under the name that nanoGPT gives it."""
-
-    def __init__(self, config: ModelConfig, fused: bool):
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size or 0, config.n_embd)
-        if config.position == "learned":
-            self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, window, fused) for window in config.windows)
-        if config.n_layer:
-            self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-
-    def positions(self, time: int) -> Tensor:
-        """[T, C]: rows of the learned table, or sinusoids."""
-        device = self.wte.weight.device
-        if self.config.position == "learned":
-            return self.wpe(torch.arange(time, device=device))
-        # "Attention is all you need", section 3.5, entry by entry.
-        table = torch.zeros(time, self.config.n_embd)
-        for pos in range(time):
-            for i in range(self.config.n_embd // 2):
-                angle = pos / 10000 ** (2 * i / self.config.n_embd)
-                table[pos, 2 * i], table[pos, 2 * i + 1] = math.sin(angle), math.cos(angle)
-        return table.to(device)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int [B, T] -> [B, T, C]."""
-        x = self.drop(self.wte(tokens) + self.positions(tokens.shape[1]))
-        for block in self.h:
-            x = block(x)
-        return self.ln_f(x) if self.config.n_layer else x
 
 
 class TorchGPT(nn.Module):
@@ -123,14 +83,35 @@ class TorchGPT(nn.Module):
     def __init__(self, config: ModelConfig, *, fused: bool = False):
         super().__init__()
         self.config = config
-        self.transformer = Trunk(config, fused)
+        trunk: Any = nn.Module()  # all but the head, under nanoGPT's name
+        self.transformer = trunk
+        trunk.wte = nn.Embedding(config.vocab_size or 0, config.n_embd)
+        if config.position == "learned":
+            trunk.wpe = nn.Embedding(config.block_size, config.n_embd)
+        trunk.drop = nn.Dropout(config.dropout)
+        trunk.h = nn.ModuleList(Block(config, window, fused) for window in config.windows)
+        trunk.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias) if config.n_layer else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size or 0, bias=False)
         if config.tied_head:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.lm_head.weight = trunk.wte.weight
+
+    def positions(self, time: int) -> Tensor:
+        """[T, C]: rows of the learned table, or sinusoids."""
+        if self.config.position == "learned":
+            return self.transformer.wpe.weight[:time]
+        # "Attention is all you need", section 3.5.
+        power = torch.arange(0, self.config.n_embd, 2, dtype=torch.float64) / self.config.n_embd
+        angle = torch.arange(time)[:, None] / 10000**power
+        table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+        return table.to(self.transformer.wte.weight)
 
     def forward(self, tokens: Tensor, *, last_only: bool = False) -> Tensor:
         """int [B, T] -> logits [B, T, V], or those after the last token alone [B, 1, V]."""
-        x = self.transformer(tokens)
+        trunk = self.transformer
+        x = trunk.drop(trunk.wte(tokens) + self.positions(tokens.shape[1]))
+        for block in trunk.h:
+            x = block(x)
+        x = trunk.ln_f(x) if trunk.ln_f else x
         return self.lm_head(x[:, -1:] if last_only else x)
 
 
@@ -144,13 +125,11 @@ def initialise(model: TorchGPT) -> None:
             nn.init.zeros_(parameter)
 
 
-def from_state_dict(config: ModelConfig, tensors: dict[str, Any]) -> TorchGPT:
-    """A TorchGPT with these numpy arrays, under nanoGPT's names and in its layout."""
-    with torch.device("meta"):
-        model = TorchGPT(config)
-    model.to_empty(device="cpu")
+def from_state_dict(config: ModelConfig, tensors: dict[str, Any], model: Any = None) -> Any:
+    """A TorchGPT with these numpy arrays, under nanoGPT's names and in its layout; or `model`, in
+    which they fit."""
+    model = model or TorchGPT(config)
     if config.tied_head:
-        model.lm_head.weight = model.transformer.wte.weight
         tensors = tensors | {"lm_head.weight": tensors["transformer.wte.weight"]}
     model.load_state_dict({name: torch.tensor(array) for name, array in tensors.items()})
     return model.eval()

@@ -44,8 +44,7 @@ def content(saved, new=True) -> bytes:
 
 
 def read_all(folder):
-    found = tensor_files.hugging_face_tensors(folder)
-    return {name: tensor.read() for name, tensor in found.items()}
+    return tensor_files.hugging_face_tensors(folder)
 
 
 def refused(folder, *words):
@@ -78,7 +77,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
         torch.save({"a": TENSORS["a"]}, tmp_path / file)
     index = json.dumps({"weight_map": {"a": "0.bin", "b": "1.bin"}})
     (tmp_path / "pytorch_model.bin.index.json").write_text(index)
-    refused(tmp_path, "1.bin", "another file")
+    refused(tmp_path, "model.bin.index.json", "different tensors: a, b")
 
 
 @FORMATS
