@@ -29,7 +29,7 @@ def raising(error):
         (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), 1, "error: out of memory; lower batch_size"),
         (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device"),
         (KeyboardInterrupt(), 130, "stopped; nothing is left half done"),
-        (main.Terminated(), 143, "stopped; nothing is left half done"),
+        (main.Terminated(15), 143, "stopped; nothing is left half done"),
     ],
 )
 def test_a_failure_is_one_line_and_an_exit_code(capsys, monkeypatch, error, code, line):
