@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import files, launch, model, resume, run_metadata, sampling, train_step
+from gptjax import files, launch, model, numerics, resume, run_metadata, sampling, train_step
 from gptjax.checkpoint import on_one_device
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.data import tokenizers
@@ -47,6 +47,7 @@ class Run:
         size, kind = self.config.num_parameters(), self.tokenizer.kind
         return f"<Run: {size:,} parameters, {kind} tokenizer, step {self.step}>"
 
+    @numerics.standard()
     def generate(
         self,
         prompt: str | None = None,
@@ -100,7 +101,7 @@ class Run:
         pieces = tokens(self._decoding_params, ids, self.config, settings, stream=stream)
         growing = grow(texts, pieces)
         if stream:
-            return (piece for _ in growing if (piece := texts[0].take()))
+            return (piece for _ in numerics.each(growing) if (piece := texts[0].take()))
         for _ in growing:
             pass
         found = [text.text for text in texts]
@@ -134,6 +135,7 @@ class Run:
             )
         return jnp.asarray(ids, jnp.int32)
 
+    @numerics.standard()
     def logits(self, text: Text) -> np.ndarray:
         """float32 [T, V], or [B, T, V] for ids [B, T]: next-token logits after each token.
 
@@ -144,6 +146,7 @@ class Run:
         found = np.asarray(_logits(self.params, tokens, self.config))
         return found if np.ndim(text) == 2 else found[0]
 
+    @numerics.standard()
     def loss(self, text: Text) -> float:
         """Mean nats per token of a text of 2 to block_size + 1 tokens: of each given those before.
         (For longer texts: `gptjax evaluate`.)"""
@@ -155,6 +158,7 @@ class Run:
             train_step.cross_entropy(jnp.asarray(logits), jnp.asarray(tokens[:, 1:])).mean()
         )
 
+    @numerics.standard()
     def attention(self, text: Text) -> np.ndarray:
         """float32 [L, H, T, T] (or [B, L, H, T, T]): how much each token (third axis) looks at each
         token (last axis), per layer and head; rows sum to 1."""
@@ -218,6 +222,7 @@ def _attention(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Ar
     return jnp.stack(weights, axis=1)
 
 
+@numerics.standard()
 def load(
     run_dir: str | Path,
     checkpoint: str | int = "best",
@@ -245,6 +250,7 @@ def load(
     )
 
 
+@numerics.standard()
 def from_pretrained(name: str) -> Run:
     """A GPT-2 that another program wrote: a folder in Hugging Face's format, nanoGPT's ckpt.pt, or
     a name on the Hugging Face Hub such as "gpt2". Nothing is written.
@@ -260,6 +266,7 @@ def from_pretrained(name: str) -> Run:
     return Run(config, params, tokenizer, weights.step, weights.config)
 
 
+@numerics.standard()
 def train(
     config: TrainConfig,
     run_dir: str | Path,

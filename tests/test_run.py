@@ -173,6 +173,27 @@ def test_what_a_run_cannot_take_is_named(run, call, words):
         call(run)
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [
+        lambda: jax.enable_x64(True),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.threefry_partitionable(False),
+        lambda: jax.transfer_guard("disallow"),
+    ],
+)
+def test_settings_of_jax_change_no_number(run, environment):
+    def numbers():
+        text = run.generate("RICH", max_new_tokens=20, seed=1)
+        streamed = "".join(run.generate("RICH", max_new_tokens=20, seed=1, stream=True))
+        return text, streamed, run.loss(LINE), run.attention("RICH").tobytes()
+
+    expected = numbers()
+    with environment():
+        assert numbers() == expected
+
+
 def test_a_run_is_shown_in_one_line(run):
     assert re.fullmatch(r"<Run: [\d,]+ parameters, char tokenizer, step \d+>", repr(run))
 

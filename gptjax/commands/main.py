@@ -42,6 +42,15 @@ GPT-2 and GPT-3 style models in JAX: train them, sample from them, compare them 
 {prog} COMMAND --help explains a command's flags. {prog} --version names the versions.
 {prog} --tyro-print-completion bash (or zsh, tcsh, fish) prints a completion script."""
 
+ENVIRONMENT = {
+    "JAX_ENABLE_X64": "0",
+    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    "JAX_NUMPY_RANK_PROMOTION": "allow",
+    "JAX_THREEFRY_PARTITIONABLE": "1",
+    "JAX_TRANSFER_GUARD": "allow",
+}
+"""For the whole process what `numerics.standard` is for a function: others change our numbers."""
+
 OUT_OF_MEMORY = (
     "out of memory; lower batch_size or num_samples, raise gradient_accumulation_steps, or turn on"
     " compute.remat"
@@ -105,6 +114,8 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
+    if "jax" not in sys.modules:
+        os.environ.update(ENVIRONMENT)
     try:
         command(sys.argv[1:], prog)
         sys.stdout.flush()

@@ -1,6 +1,6 @@
 """The set-up before JAX starts, and what is known of the devices afterwards."""
 
-import dataclasses
+import os
 import warnings
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import jax
 
 from gptjax.config import ModelConfig
 from gptjax.devices import cpu, hosts
-from gptjax.errors import UserError
+from gptjax.errors import UserError, first_line
 from gptjax.runtime_config import DeviceKind, RuntimeConfig
 
 COMPILATION_CACHE_BYTES = 2 << 30
@@ -58,6 +58,12 @@ def select_platform(kind: DeviceKind) -> None:
     there is no such device."""
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second: of "cuda" where there is none
+        asked = os.environ.get("JAX_PLATFORMS")
+        where = f" (JAX_PLATFORMS={asked}; unset it, or ask for what is there)" if asked else ""
+        raise UserError(f"JAX cannot start{where}: {first_line(error)}") from None
     if kind not in ("auto", jax.default_backend()):
         package = {"gpu": "jax[cuda13]", "tpu": "jax[tpu]"}.get(kind, "jax")
         raise UserError(
@@ -93,7 +99,7 @@ def resolve_dtype(config: ModelConfig) -> ModelConfig:
     if config.dtype != "auto":
         return config
     cpu_only = jax.default_backend() == "cpu"
-    return dataclasses.replace(config, dtype="float32" if cpu_only else "bfloat16")
+    return config.replace(dtype="float32" if cpu_only else "bfloat16")
 
 
 device_count = jax.device_count

@@ -245,6 +245,30 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(
     helpers.assert_same_run(uninterrupted[0], tmp_path / "run")
 
 
+OTHERS = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_TRANSFER_GUARD": "disallow",
+    "MPLBACKEND": "nope",
+}
+
+
+@pytest.mark.slow
+def test_variables_of_other_programs_change_no_number(uninterrupted, tmp_path, command, text_file):
+    result = command(helpers.TRAIN, *helpers.TINY, "--run-dir", "run", **OTHERS)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    helpers.assert_same_run(uninterrupted[0], tmp_path / "run")
+
+
+def test_a_platform_that_is_not_there_is_one_clear_line(tmp_path, command, text_file):
+    for platform in ("cuda", "nope"):
+        result = command(helpers.TRAIN, *helpers.TINY, JAX_PLATFORMS=platform)
+        helpers.assert_one_clear_line(result, f"JAX_PLATFORMS={platform}; unset it")
+
+
 @pytest.mark.slow
 def test_many_evaluation_steps_do_not_starve_each_other(tmp_path, cache_dir, text_file):
     flags = "--data.val-fraction 0.95 --max-steps 1 --batch-size 2 --sample-tokens 0".split()

@@ -148,5 +148,5 @@ def test_a_split_is_that_of_the_run_or_refused(tmp_path):
     assert train.name == "the train split" and val.tokens[:].tolist() == dataset.val[:].tolist()
     with pytest.raises(UserError, match="are not those of the run; name a text with --text"):
         read_split(folder, "val", dataset.tokenizer, "another")
-    with pytest.raises(UserError, match=r"no longer at .*; name a text with --text"):
+    with pytest.raises(UserError, match=r"no longer at .*; say where"):
         read_split(tmp_path / "gone", "val", dataset.tokenizer, dataset.fingerprint)
