@@ -207,6 +207,12 @@ class SentencePieceTokenizer:
         ids = [i for i in range(self.n_vocab) if i not in others and not model.is_byte(i)]
         return [self.piece(i) for i in sorted(ids, key=model.get_score, reverse=True)]
 
+    def merges_pairs(self) -> bool:
+        """Whether it is byte-pair encoding, whose scores are the numbers of the merges, not another
+        kind of SentencePiece model ("unigram" has logarithms of probabilities)."""
+        scores = map(self._processor.get_score, range(self.n_vocab))
+        return all(score.is_integer() for score in scores)
+
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         ids: list[int] = []
         # A lone surrogate (JSON can spell one) is no UTF-8, which SentencePiece needs.

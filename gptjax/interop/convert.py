@@ -14,7 +14,7 @@ from gptjax import files, program, run_metadata
 from gptjax.checkpoint import Checkpoints
 from gptjax.config_io import save_run_settings
 from gptjax.data import token_files, tokenizers
-from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer
+from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import RunError, UserError, first_line
 from gptjax.interop import hf_tokenizer, huggingface, nanogpt
 from gptjax.interop.weights import Gelu, Weights
@@ -112,7 +112,10 @@ def write_pretrained(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder or delete it")
     hf = format == "hf"
-    if missing := huggingface.obstacles(config) if hf else nanogpt.obstacles(config, tokenizer):
+    missing = huggingface.obstacles(config) if hf else nanogpt.obstacles(config, tokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.merges_pairs():
+        missing.append("a SentencePiece model that is not byte-pair encoding")
+    if missing:
         raise UserError(f"the format {format} cannot express {', '.join(missing)}")
     try:
         with files.new_folder(folder) as scratch:

@@ -1,20 +1,23 @@
 """Import and export: what is read, what is refused, and what is left behind."""
 
 import dataclasses
+import io
 import json
 
 import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
+import sentencepiece
 from fuzz import damaged, read_or_refuse
+from helpers import TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_models import SMALL, VARIANTS, assert_bitwise, random_params
 
 from gptjax import run_metadata
 from gptjax.config import PRESETS, ModelConfig, TrainConfig
-from gptjax.data.tokenizers import CharTokenizer
+from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer
 from gptjax.errors import RunError, UserError
 from gptjax.interop import convert, hf_tokenizer
 from gptjax.interop.convert import find_tokenizer, read_pretrained, write_pretrained
@@ -86,6 +89,21 @@ def test_an_imported_run_is_a_run_and_exports_again(tmp_path):
 
 def jax_free(params):
     return {k: jax_free(v) if isinstance(v, dict) else np.asarray(v) for k, v in params.items()}
+
+
+def test_a_sentencepiece_model_of_another_kind_is_not_exported(tmp_path, sentence_pieces):
+    assert sentence_pieces.merges_pairs()
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=100,
+        model_type="unigram", normalization_rule_name="identity",
+        remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2,
+        hard_vocab_limit=False,
+    )  # fmt: skip
+    unigram = SentencePieceTokenizer(model.getvalue())
+    weights = Weights(TrainConfig(model=ModelConfig(1, 1, 8, 8, unigram.n_vocab)), {})
+    with pytest.raises(UserError, match="hf cannot express a SentencePiece model that is not"):
+        write_pretrained(weights, unigram, tmp_path / "out")
 
 
 def test_sentencepiece_goes_to_hugging_face_and_back(tmp_path, sentence_pieces):
