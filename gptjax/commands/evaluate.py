@@ -72,9 +72,9 @@ def main(argv: list[str], prog: str) -> None:
     setup.start(RuntimeConfig(device=given.device, num_devices=given.num_devices), size)
     setup.use_compilation_cache(files.cache_dir() / "xla")
     count = setup.device_count()
-    rows = given.batch_size or -(-8 // count) * count
-    if rows % count:
-        raise UserError(f"--batch-size {rows} does not divide over {count} devices")
+    batch_size = given.batch_size or -(-8 // count) * count
+    if batch_size % count:
+        raise UserError(f"--batch-size {batch_size} does not divide over {count} devices")
     strategy = get_strategy(given.strategy or newest.runtime.strategy)
     loaded = run_metadata.load_checkpoint(run_dir, given.checkpoint, strategy.targets)
     metadata = loaded.metadata
@@ -97,7 +97,12 @@ def main(argv: list[str], prog: str) -> None:
         if given.hellaswag:
             questions = hellaswag.read_questions(files.path(given.hellaswag), tokenizer)
             report = hellaswag.evaluate_questions(
-                losses, questions, config, name=given.hellaswag, rows=rows, progress=progress
+                losses,
+                questions,
+                config,
+                name=given.hellaswag,
+                batch_size=batch_size,
+                progress=progress,
             ).report()
         else:
             if given.text:
@@ -108,7 +113,7 @@ def main(argv: list[str], prog: str) -> None:
                 split, fingerprint = given.split or "val", metadata.data_fingerprint
                 text = perplexity.read_split(files.path(folder), split, tokenizer, fingerprint)
             report = perplexity.evaluate_text(
-                losses, text, config, rows=rows, stride=given.stride, progress=progress
+                losses, text, config, batch_size=batch_size, stride=given.stride, progress=progress
             ).report()
     if setup.is_main_host():
         print(f"{run_dir}, step {loaded.step}, in {given.precision}, on {report}")

@@ -73,13 +73,13 @@ def windows_over(
 
 
 def window_batch(
-    tokens: Tokens, windows: Sequence[Window], block_size: int, rows: int
+    tokens: Tokens, windows: Sequence[Window], block_size: int, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [rows, block_size + 1] tokens, one window a row, and float32 [rows, block_size] weights
-    of the targets: 1 where the window predicts, 0 for context, for padding past the window's end,
-    and in rows beyond the last window."""
-    batch = np.zeros((rows, block_size + 1), dtype=np.int32)
-    weights = np.zeros((rows, block_size), dtype=np.float32)
+    """int32 [batch_size, block_size + 1] tokens, one window a row, and float32 [batch_size,
+    block_size] weights of the targets: 1 where the window predicts, 0 for context, for padding past
+    the window's end, and in rows beyond the last window."""
+    batch = np.zeros((batch_size, block_size + 1), dtype=np.int32)
+    weights = np.zeros((batch_size, block_size), dtype=np.float32)
     for row, (start, end, first) in enumerate(windows):
         batch[row, : end - start] = tokens[start:end]
         weights[row, first - start - 1 : end - start - 1] = 1

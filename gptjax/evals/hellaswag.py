@@ -78,21 +78,21 @@ def read_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
 
 
 def evaluate_questions(
-    losses: Losses, questions: list[Question], config: ModelConfig, *, name: str, rows: int,
+    losses: Losses, questions: list[Question], config: ModelConfig, *, name: str, batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HellaSwagResult:  # fmt: skip
     """Accuracy on `questions`, which the report calls `name`. All hosts call this with the same
     arguments; for the others see `ending_losses`. UserError: an ending does not fit the block, or
     the hosts have different questions."""
     tokens = [[part.tolist() for part in (q.context, *q.endings)] + [q.label] for q in questions]
-    if not hosts.all_equal(f"{tokens} {rows}"):
+    if not hosts.all_equal(f"{tokens} {batch_size}"):
         raise UserError("the hosts have different questions or settings; start the same on all")
-    nats = ending_losses(losses, questions, config, rows=rows, progress=progress)
+    nats = ending_losses(losses, questions, config, batch_size=batch_size, progress=progress)
     return HellaSwagResult(f"{name}: {len(questions):,} questions", *accuracies(nats, questions))
 
 
 def ending_losses(
-    losses: Losses, questions: list[Question], config: ModelConfig, *, rows: int,
+    losses: Losses, questions: list[Question], config: ModelConfig, *, batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> np.ndarray:  # fmt: skip
     """float64 [questions, 4]: nats of each ending after its context. A context that does not fit
@@ -100,7 +100,7 @@ def ending_losses(
 
     Args:
         losses: the evaluation step over all devices, with its parameters.
-        rows: endings at a time, over all devices.
+        batch_size: endings at a time, over all devices.
         progress: told how many endings of how many are done.
 
     UserError: an ending alone does not fit the block.
@@ -114,20 +114,23 @@ def ending_losses(
     texts = [(q.context, ending) for q in questions for ending in q.endings]
     # Texts of similar length together, for little padding.
     order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
-    ours = hosts.host_rows(rows)
+    ours = hosts.host_rows(batch_size)
     nats = np.zeros(len(texts))
-    for done in range(0, len(order), rows):
-        chosen = order[done : done + rows]
+    for done in range(0, len(order), batch_size):
+        chosen = order[done : done + batch_size]
         parts = [np.concatenate(texts[i])[-size - 1 :] for i in chosen]
         length = bucket(max(map(len, parts)) - 1, size)
-        batch, weights = np.zeros((rows, length + 1), "i4"), np.zeros((rows, length), "f4")
+        batch, weights = (
+            np.zeros((batch_size, length + 1), "i4"),
+            np.zeros((batch_size, length), "f4"),
+        )
         for row, (i, part) in enumerate(zip(chosen, parts, strict=True)):
             batch[row, : len(part)] = part
             # Those that predict the ending; its first token needs one before it.
             weights[row, max(0, len(part) - len(texts[i][1]) - 1) : len(part) - 1] = 1
         sums, _ = losses(batch[ours], weights[ours])
         nats[chosen] = sums[: len(chosen)]
-        progress(min(done + rows, len(order)), len(order))
+        progress(min(done + batch_size, len(order)), len(order))
     return nats.reshape(len(questions), ENDINGS)
 
 

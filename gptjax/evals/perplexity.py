@@ -116,26 +116,26 @@ def _decode(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def evaluate_text(
-    losses: Losses, text: Text, config: ModelConfig, *, rows: int, stride: int | None = None,
+    losses: Losses, text: Text, config: ModelConfig, *, batch_size: int, stride: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TextResult:  # fmt: skip
     """Predict every token of `text` but the first. All hosts call this with the same arguments.
 
     Args:
         losses: the evaluation step over all devices, with its parameters.
-        rows: windows at a time, over all devices.
+        batch_size: windows at a time, over all devices.
         stride: tokens from one window to the next, see `windows_over`. None: config.block_size.
         progress: told how many windows of how many are done.
 
     UserError: there is nothing to predict, or the hosts have different texts or settings.
     """
     stride = stride or config.block_size
-    if not hosts.all_equal(f"{text.digest} {len(text.tokens)} {rows} {stride}"):
+    if not hosts.all_equal(f"{text.digest} {len(text.tokens)} {batch_size} {stride}"):
         raise UserError("the hosts have different texts or settings; start the same on all of them")
     windows = windows_over(len(text.tokens), config.block_size, stride=stride)
     if not windows or not text.characters:
         raise UserError("the text is one token; there is nothing to predict in it")
-    total = window_loss(losses, text.tokens, windows, config, rows, progress)
+    total = window_loss(losses, text.tokens, windows, config, batch_size, progress)
     assert total is not None, "only a stop signal ends it early"
     nats, count = total
     bits, size = nats / math.log(2), config.block_size

@@ -60,8 +60,10 @@ def test_endings_have_their_likelihood_after_the_context(losses, nats, questions
     def progress(done, total):
         seen.append((done, total))
 
-    result = evaluate_questions(losses, questions, CONFIG, name="h", rows=rows, progress=progress)
-    found = ending_losses(losses, questions, CONFIG, rows=rows)
+    result = evaluate_questions(
+        losses, questions, CONFIG, name="h", batch_size=rows, progress=progress
+    )
+    found = ending_losses(losses, questions, CONFIG, batch_size=rows)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert (result.acc, result.acc_norm) == (right / 3, right_per_token / 3)
     assert seen[-1] == (12, 12)
@@ -81,7 +83,7 @@ def test_endings_are_padded_to_few_lengths(losses, nats):
         return losses(windows, weights)
 
     endings = TOKENS[:17], TOKENS[:3], TOKENS[:30], TOKENS[:18]
-    found = ending_losses(counted, [Question(TOKENS[:0], endings, 0)], CONFIG, rows=1)
+    found = ending_losses(counted, [Question(TOKENS[:0], endings, 0)], CONFIG, batch_size=1)
     assert seen == [16, 16, 32, 32]
     expected = [sum(nats(e[:k], e[k]) for k in range(1, len(e))) for e in endings]
     np.testing.assert_allclose(found[0], expected, rtol=1e-6)
@@ -98,10 +100,10 @@ def test_the_likelier_ending_need_not_be_so_per_token():
 def test_long_endings_and_unequal_hosts_are_refused(losses, questions, monkeypatch):
     long = [Question(TOKENS[:3], (TOKENS[:2], LONG[:41], LONG[:40], LONG[:50]), 0)]
     with pytest.raises(UserError, match=r"2 endings are longer .* 40 \(the longest has 50 tokens"):
-        evaluate_questions(losses, long, CONFIG, name="h", rows=8)
+        evaluate_questions(losses, long, CONFIG, name="h", batch_size=8)
     monkeypatch.setattr(hosts, "all_equal", lambda text: False)
     with pytest.raises(UserError, match="the hosts have different questions"):
-        evaluate_questions(losses, questions, CONFIG, name="h", rows=8)
+        evaluate_questions(losses, questions, CONFIG, name="h", batch_size=8)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,12 @@ def test_each_token_has_the_context_that_the_stride_leaves(losses, nats, stride)
         expected += nats(TOKENS[start:target], TOKENS[target])
     seen = []
     result = evaluate_text(
-        losses, TEXT, CONFIG, rows=16, stride=stride, progress=lambda *numbers: seen.append(numbers)
+        losses,
+        TEXT,
+        CONFIG,
+        batch_size=16,
+        stride=stride,
+        progress=lambda *numbers: seen.append(numbers),
     )
     assert result.tokens == 100 and result.loss == pytest.approx(expected / 100, rel=1e-6)
     assert result.bits_per_character == pytest.approx(result.loss / math.log(2))
@@ -51,7 +56,7 @@ def test_on_several_devices_the_loss_is_that_of_the_model():
     strategy = get_strategy("pmap", jax.devices()[:2])
     step = strategy.map_eval_step(functools.partial(eval_step, config=CONFIG))
     losses = functools.partial(step, strategy.to_devices(strategy.initialise(lambda: params)))
-    result = evaluate_text(losses, TEXT, CONFIG, rows=16, stride=1)
+    result = evaluate_text(losses, TEXT, CONFIG, batch_size=16, stride=1)
 
     contexts = np.zeros((100, 12), np.int32)
     lengths = np.minimum(np.arange(1, 101), 12)
@@ -64,7 +69,7 @@ def test_on_several_devices_the_loss_is_that_of_the_model():
 
 
 def test_the_report_names_the_text_and_every_number(losses):
-    result = evaluate_text(losses, TEXT, CONFIG, rows=8, stride=4)
+    result = evaluate_text(losses, TEXT, CONFIG, batch_size=8, stride=4)
     lines = result.report().split("\n")
     assert lines[0] == "t: 100 tokens predicted in windows of 12, 4 apart"
     values = dict(
@@ -80,10 +85,10 @@ def test_the_report_names_the_text_and_every_number(losses):
 
 def test_nothing_to_predict_and_unequal_hosts_are_refused(losses, monkeypatch):
     with pytest.raises(UserError, match="one token"):
-        evaluate_text(losses, TEXT._replace(tokens=TOKENS[:1]), CONFIG, rows=8)
+        evaluate_text(losses, TEXT._replace(tokens=TOKENS[:1]), CONFIG, batch_size=8)
     monkeypatch.setattr(hosts, "all_equal", lambda text: False)
     with pytest.raises(UserError, match="the hosts have different texts"):
-        evaluate_text(losses, TEXT, CONFIG, rows=8)
+        evaluate_text(losses, TEXT, CONFIG, batch_size=8)
 
 
 # reading
