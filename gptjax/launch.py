@@ -178,9 +178,18 @@ def _train_in(
     callbacks: Sequence[Callback],
     stop: Callable[[], int],
 ) -> Trainer:
+    callbacks = [*callbacks, _SavedSettings()]
     with Checkpoints(run_dir, runtime.keep_checkpoints, runtime.keep_every) as checkpoints:
         trainer = Trainer(config, runtime, dataset, checkpoints, callbacks, stop)
-        if setup.is_main_host():
-            config_io.save_run_settings(run_dir / "config.json", config, runtime)
         trainer.fit()
     return trainer
+
+
+class _SavedSettings(Callback):
+    """Makes the run directory what it is, once no callback has an objection to the start."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        if setup.is_main_host():
+            run_dir = trainer.checkpoints.run_dir
+            trainer.checkpoints.directory.mkdir(parents=True, exist_ok=True)
+            config_io.save_run_settings(run_dir / "config.json", trainer.config, trainer.runtime)

@@ -48,7 +48,8 @@ def _is_row(row: Any) -> bool:
 
 class MetricsLog(Callback):
     """Writes RUN_DIR/metrics.jsonl. A resumed run goes on in it: rows of steps that will be taken
-    again are dropped first, and its seconds count on."""
+    again are dropped first, and its seconds count on. A run that has lost its checkpoints is
+    refused (UserError)."""
 
     def on_start(self, trainer: Trainer) -> None:
         self._path = trainer.checkpoints.run_dir / "metrics.jsonl"
@@ -56,8 +57,19 @@ class MetricsLog(Callback):
         start = trainer.start
         # The row of a step that is to be evaluated again is not there yet, or will be replaced.
         last = start.step - (1 if start.unfinished else 0)
-        rows = read(self._path) if start.step and self._path.exists() else []
-        self._rows = [row for row in rows if row["step"] <= last]
+        rows = read(self._path) if self._path.exists() else []
+        reached = rows[-1]["step"] if rows and not start.step else 0
+        interval = trainer.runtime.save_interval or trainer.runtime.eval_interval
+        # The folder is there from the start. The second save waits for the first one, and steps
+        # after it are logged later still.
+        folder_gone = not self._remote and not trainer.checkpoints.directory.exists()
+        if reached and (folder_gone or reached > 2 * interval):
+            raise UserError(
+                f"{self._path.parent} has been trained to step {reached}, as its"
+                " metrics.jsonl says, but it has no checkpoint: put its checkpoints back, or name"
+                " another --run-dir"
+            )
+        self._rows = [row for row in rows if start.step and row["step"] <= last]
         self._seconds_before = float(self._rows[-1].get("seconds") or 0) if self._rows else 0.0
         self._write()
 

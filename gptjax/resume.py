@@ -2,7 +2,6 @@
 may differ from the run that is resumed."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -200,12 +199,14 @@ def init_or_resume(
             f"no checkpoint of {checkpoints.run_dir} is whole, see"
             f" {checkpoints.run_dir}/damaged-*{reasons}; to begin anew, name another --run-dir"
         )
+    if (checkpoints.run_dir / "config.json").exists():
+        notes.append(f"note: {checkpoints.run_dir} has no checkpoint yet; it begins anew")
     windows, _ = eval_windows(config, runtime, dataset)
     if config.init_from:
-        state = _from_weights(files.path(config.init_from), config, strategy)
-        return Start(state, 0, f"from {config.init_from}", windows)
-    state = strategy.initialise(lambda: train_step.init_state(config))
-    return Start(state, 0, "new", windows)
+        state, origin = _from_weights(config, strategy), f"from {config.init_from}"
+    else:
+        state, origin = strategy.initialise(lambda: train_step.init_state(config)), "new"
+    return Start(state, 0, origin, windows, notes=notes)
 
 
 def _resume(
@@ -273,8 +274,9 @@ def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfi
     return out
 
 
-def _from_weights(run_dir: Path, config: TrainConfig, strategy: Strategy) -> TrainState:
+def _from_weights(config: TrainConfig, strategy: Strategy) -> TrainState:
     """Step 0 with the best weights of another run, their position table cropped."""
+    run_dir = files.path(config.init_from or "")
     params = run_metadata.load_checkpoint(run_dir, "best", strategy.targets).params
     if "wpe" in params:
         size = config.model.block_size

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gptjax import metrics
 from gptjax.errors import RunError, UserError
 from gptjax.metrics import MetricsLog
+from gptjax.runtime_config import RuntimeConfig
 
 
 def row(step, **other):
@@ -19,9 +20,10 @@ def row(step, **other):
 
 
 def log_at(run_dir: Path, step: int = 0, unfinished: dict | None = None) -> MetricsLog:
-    """The log of a run that starts at `step`."""
+    """The log of a run that starts at `step` and saves every 10 steps."""
     trainer = types.SimpleNamespace(
-        checkpoints=types.SimpleNamespace(run_dir=run_dir),
+        runtime=RuntimeConfig(eval_interval=10),
+        checkpoints=types.SimpleNamespace(run_dir=run_dir, directory=run_dir),
         start=types.SimpleNamespace(step=step, unfinished=unfinished),
     )
     log = MetricsLog()
@@ -51,6 +53,16 @@ def test_a_resume_drops_rows_that_come_again_and_adds_up_time(tmp_path):
     found = [(r["step"], r["train_loss"], r["seconds"]) for r in metrics.read(
         tmp_path / "metrics.jsonl")]  # fmt: skip
     assert found == [(10, 2.0, 10.0), (20, 2.0, 20.0), (30, 1.0, 25.0)]
+
+
+def test_a_run_that_has_lost_its_checkpoints_is_refused(tmp_path):
+    write(log_at(tmp_path), row(10), row(20))
+    log_at(tmp_path)  # it may have been killed before the first checkpoint was complete
+    write(log_at(tmp_path), row(10), row(20), row(21))
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"trained to step 21, .* but it has no checkpoint"):
+        log_at(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
 
 
 def test_a_step_that_is_to_be_evaluated_again_loses_its_row(tmp_path):

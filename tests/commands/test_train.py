@@ -31,6 +31,18 @@ def copy(trained, tmp_path):
     return tmp_path / "run"
 
 
+def test_a_run_that_has_lost_its_checkpoints_never_begins_anew(copy, gptjax):
+    shutil.rmtree(copy / "checkpoints")
+    before = {name: (copy / name).read_bytes() for name in ("config.json", "metrics.jsonl")}
+    with pytest.raises(UserError, match=r"run has been trained to step 30, .* no checkpoint"):
+        gptjax("train", "--run-dir", "run", "--sample-tokens", 0)
+    assert before == {name: (copy / name).read_bytes() for name in before}
+    # One that was killed before its first checkpoint does, and says so.
+    (copy / "metrics.jsonl").unlink()
+    out = gptjax("train", "--run-dir", "run", "--sample-tokens", 0)
+    assert "note: run has no checkpoint yet; it begins anew" in out
+
+
 def test_a_run_says_what_it_does_and_how_to_go_on(trained):
     run_dir, out = trained
     for words in (
