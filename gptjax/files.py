@@ -49,7 +49,12 @@ def is_remote(path: Path) -> bool:
 
 def cache_dir() -> Path:
     """Where downloads and compiled programs are kept: $GPTJAX_CACHE_DIR, else ~/.cache/gptjax."""
-    return Path(os.environ.get("GPTJAX_CACHE_DIR") or Path.home() / ".cache" / "gptjax")
+    if named := os.environ.get("GPTJAX_CACHE_DIR"):
+        return path(named)
+    try:
+        return Path.home() / ".cache" / "gptjax"
+    except RuntimeError:  # a container's user without a home
+        return Path(tempfile.gettempdir()) / f"gptjax-{os.getuid()}"
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from fake_gcs import FakeGcs
@@ -29,6 +30,15 @@ def test_only_buckets_of_google_are_known(monkeypatch):
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install gcsfs"):
         files.path("gs://bucket/run")
+
+
+def test_a_user_without_a_home_has_a_cache_and_a_clear_error(monkeypatch):
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError))
+    monkeypatch.delenv("GPTJAX_CACHE_DIR", raising=False)
+    assert files.cache_dir().name == f"gptjax-{os.getuid()}"
+    with pytest.raises(UserError, match="~no.such.user/x: there is no such home directory"):
+        files.path("~no.such.user/x")
+    assert files.path("./~x") == Path("./~x") and files.path("a~") == Path("a~")
 
 
 def test_a_written_file_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import time
-from pathlib import Path
 from typing import Literal
 
 from gptjax import files
@@ -105,7 +104,7 @@ def read_prompt(given: GenerateFlags) -> str | None:
             )
         if name == "-" and sys.stdin is None:
             raise UserError("--prompt-file -: standard input is closed")
-        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
+        return (sys.stdin.buffer.read() if name == "-" else files.path(name).read_bytes()).decode()
     except OSError as error:
         raise UserError(f"cannot read --prompt-file {name}: {error.strerror}") from None
     except UnicodeError:

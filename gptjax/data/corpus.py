@@ -38,7 +38,7 @@ def find_files(source: str | None) -> list[Path]:
         )
     if source == "shakespeare":
         return [_shakespeare()]
-    path = Path(source).expanduser()
+    path = Path(source) if "://" in source else files.path(source)  # only a disk has texts
     if source == "builtin":
         found = _standard_library()
     elif path.is_dir():
