@@ -36,7 +36,7 @@ def test_a_user_without_a_home_has_a_cache_and_a_clear_error(monkeypatch):
     monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError))
     monkeypatch.delenv("GPTJAX_CACHE_DIR", raising=False)
     assert files.cache_dir().name == f"gptjax-{os.getuid()}"
-    with pytest.raises(UserError, match="~no.such.user/x: there is no such home directory"):
+    with pytest.raises(UserError, match="no such home directory"):
         files.path("~no.such.user/x")
     assert files.path("./~x") == Path("./~x") and files.path("a~") == Path("a~")
 
