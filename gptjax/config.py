@@ -125,9 +125,9 @@ class DataConfig(Config):
     prefix = "data."
 
     source: str | None = "builtin"
-    """builtin (the Python standard library's own source), shakespeare (downloaded once), or a
-    .txt or .jsonl file (field `text`), a folder, or a glob of them. None: still to be named, as for
-    imported weights."""
+    """builtin (the Python standard library's own source), shakespeare (downloaded once), or a file
+    of text or of JSON (.jsonl; field `text`), a folder, or a glob of them. None: still to be named,
+    as for imported weights."""
     tokenizer: TokenizerKind = "char"
     """char: one token a character; gpt2: GPT-2's byte-pair encoding; sentencepiece: a model
     trained on the text itself."""

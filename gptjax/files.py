@@ -71,9 +71,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """What a file says. Raises UserError if it cannot be read, or is not UTF-8."""
+    """What a file says, without a byte order mark. Raises UserError if it cannot be read, or is not
+    UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
     except UnicodeDecodeError:

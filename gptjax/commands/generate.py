@@ -98,13 +98,12 @@ def read_prompt(given: GenerateFlags) -> str | None:
     try:
         if name is None:
             # Arguments that are not UTF-8 come as lone surrogates.
-            text = given.prompt
-            return (
-                None if text is None else unescape(text.encode(errors="surrogateescape").decode())
-            )
+            text = given.prompt and given.prompt.encode(errors="surrogateescape").decode()
+            return text and unescape(text)
         if name == "-" and sys.stdin is None:
             raise UserError("--prompt-file -: standard input is closed")
-        return (sys.stdin.buffer.read() if name == "-" else files.path(name).read_bytes()).decode()
+        content = sys.stdin.buffer.read() if name == "-" else files.path(name).read_bytes()
+        return content.decode("utf-8-sig")  # as texts are read: without a byte order mark
     except OSError as error:
         raise UserError(f"cannot read --prompt-file {name}: {error.strerror}") from None
     except UnicodeError:

@@ -9,16 +9,27 @@ import os
 import re
 import sysconfig
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 from gptjax import files
-from gptjax.errors import UserError
+from gptjax.errors import UserError, quoted
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+READ = (".txt", ".jsonl", ".ndjson", ".json")
+"""Endings of what is taken from a folder."""
+
+UNREAD = (
+    ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".gz", ".bz2", ".xz", ".zst",
+    ".zip", ".tar",
+)  # fmt: skip
+"""Endings of what would be misread as text."""
 
 READ_BYTES = 1 << 20
 CUT_WITHIN = 1 << 16
@@ -29,30 +40,92 @@ LONGEST_PIECE = 16 << 20
 
 
 def find_files(source: str | None) -> list[Path]:
-    """The text files behind `source` (see `DataConfig.source`), in a fixed order. Raises UserError
-    if there are none, or Tiny Shakespeare could not be downloaded."""
+    """The text files behind `source`, as `find`."""
+    return find(source)[0]
+
+
+def find(source: str | None) -> tuple[list[Path], Counter[str]]:
+    """(the text files behind `source` (see `DataConfig.source`) in a fixed order, {reason: how many
+    files of a folder or a glob were left out}). Raises UserError if there are none, one is of a
+    kind that is not read, or Tiny Shakespeare could not be downloaded."""
     if source is None:
         raise UserError(
             "the text that these weights were trained on is not known; name the text to train on"
             " with --data.source FILE, or a prepared folder with --data.dir FOLDER"
         )
-    if source == "shakespeare":
-        return [_shakespeare()]
+    left_out = Counter[str]()
     path = Path(source) if "://" in source else files.path(source)  # only a disk has texts
-    if source == "builtin":
-        found = _standard_library()
-    elif path.is_dir():
-        found = [p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")]
+    if source in ("builtin", "shakespeare"):
+        found = _standard_library() if source == "builtin" else [_shakespeare()]
+    elif path.is_file():
+        found = [path]
     else:
-        found = [path] if path.is_file() else [*map(Path, glob.glob(str(path), recursive=True))]
-    found = sorted(p for p in found if p.is_file())
+        inside = (
+            [*path.rglob("*")] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        )
+        found = [p for p in inside if p.is_file()]
+        reasons = {p: _why_not(p, path) for p in found}
+        left_out = Counter(filter(None, reasons.values()))
+        found = [p for p in found if not reasons[p]]
     if not found:
         raise UserError(
             f"no text at {source!r}: expected builtin (if this Python has its library's source),"
             " shakespeare, or on a disk of this machine a .txt or .jsonl file, a folder with some,"
-            " or a glob of them"
+            f" or a glob of them{_listed('; left out', left_out)}"
         )
-    return found
+    for p in found:
+        if p.suffix.lower() in UNREAD:
+            raise UserError(
+                f"{p} is a {p.suffix} file, which is not read; convert it to text (.txt) or to JSON"
+                " lines (.jsonl), an object with a string `text` a line"
+            )
+    return sorted(found), left_out
+
+
+def _why_not(path: Path, root: Path) -> str:
+    """Why a file of the folder or glob `root` is left out; "": it is not."""
+    folder, suffix = root.is_dir(), path.suffix.lower()
+    if folder and any(part.startswith(".") for part in path.relative_to(root).parts):
+        return "hidden"
+    if path.stat().st_size == 0:
+        return "empty"
+    if path.parent.name == "checkpoints" or (
+        path.name in ("metrics.jsonl", "config.json") and (path.parent / "checkpoints").is_dir()
+    ):
+        return "of a run"
+    if folder and (suffix not in READ or (suffix == ".json" and kind(path) == "text")):
+        return suffix or "without an ending"
+    return ""
+
+
+def kind(path: Path) -> Literal["text", "JSON lines", "a JSON array"]:
+    """How a file is read: by its name's ending, and by its beginning."""
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return "JSON lines"
+    try:
+        with path.open("rb") as file:
+            start = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+    except OSError:
+        return "text"  # whose reader says what is wrong
+    if path.suffix.lower() == ".json" and start.startswith(b"["):
+        return "a JSON array"
+    try:
+        line = json.loads(start.split(b"\n")[0])
+    except (ValueError, RecursionError):
+        return "text"
+    return "JSON lines" if isinstance(line, dict) and "text" in line else "text"
+
+
+def describe(paths: list[Path], left_out: Counter[str]) -> str:
+    """How the files are read, in a line: "3 files as text, 1 as JSON lines; left out: 2 hidden"."""
+    kinds = Counter(kind(path) for path in paths)
+    read = ", ".join(f"{count:,} as {name}" for name, count in kinds.most_common())
+    return f"files read: {read}{_listed('; left out', left_out)}"
+
+
+def _listed(what: str, counts: Counter[str]) -> str:
+    listed = ", ".join(f"{count:,} {name}" for name, count in counts.most_common(9))
+    return f"{what}: {listed}" if counts else ""
 
 
 def _standard_library() -> list[Path]:
@@ -87,19 +160,21 @@ def _shakespeare() -> Path:
 
 
 def read_documents(paths: list[Path]) -> Iterator[Iterator[str]]:
-    """Each document as an iterator of pieces. A document is a whole file, or one line of a .jsonl.
+    """Each document as an iterator of pieces. A document is a whole file, or one
+    line or item of JSON.
 
     The pieces of a document join to its text. They end where every tokenizer ends a token anyway,
     before the white space that follows a word, so tokens do not depend on how a text is cut.
 
-    Raises UserError if a file is empty or not UTF-8 text, or a line of a .jsonl has no `text`.
+    Raises UserError if a file is empty or not UTF-8 text, or a line or item of JSON has no `text`.
     """
     for path in paths:
-        if path.suffix == ".jsonl":
-            for text in _checked(path, _jsonl_texts(path)):
-                yield iter([text])
-        else:
+        if (how := kind(path)) == "text":
             yield _cut(_checked(path, _decode(path)))
+        else:
+            texts = _jsonl_texts(path) if how == "JSON lines" else _array_texts(path)
+            for text in _checked(path, texts):
+                yield iter([text])
 
 
 def read_pieces(paths: list[Path], separator: str | None) -> Iterator[str | None]:
@@ -143,17 +218,35 @@ def _decode(path: Path) -> Iterator[str]:
 def _jsonl_texts(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                # JSON can spell half of a surrogate pair, which UTF-8 cannot.
-                text = json.loads(line)["text"].encode("utf-8", "replace").decode()
+                text = _text(json.loads(line))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise UserError(
                     f"{path}, line {number} is not a JSON object in UTF-8 with a string `text`:"
                     f" {line[:80].decode(errors='replace').strip()}"
                 ) from None
             yield text
+
+
+def _array_texts(path: Path) -> Iterator[str]:
+    for number, item in enumerate(files.read_json(path), 1):
+        try:
+            text = _text(item)
+        except (LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"{path}, item {number} of its array is not an object with a string `text`:"
+                f" {quoted(item)[:80]}"
+            ) from None
+        yield text
+
+
+def _text(item: Any) -> str:
+    # JSON can spell half of a surrogate pair, which UTF-8 cannot.
+    return item["text"].encode("utf-8", "replace").decode()
 
 
 def _cut(texts: Iterator[str]) -> Iterator[str]:

@@ -16,8 +16,7 @@ from rich.progress import Progress
 
 from gptjax import files
 from gptjax.config import DataConfig
-from gptjax.data import tokenizers
-from gptjax.data.corpus import find_files, read_pieces
+from gptjax.data import corpus, tokenizers
 from gptjax.data.token_files import read_tokenizer
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import RunError, UserError
@@ -43,7 +42,10 @@ def prepare(
         raise UserError(f"{out}: data sets are written to disk; name a folder on this machine")
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder or delete it")
-    paths = find_files(config.source)
+    paths, left_out = corpus.find(config.source)
+    how = corpus.describe(paths, left_out)
+    if how != "files read: 1 as text":
+        console.print(how, highlight=False, soft_wrap=True)
     try:
         with (
             files.new_folder(out) as folder,
@@ -75,7 +77,7 @@ def _prepare_into(
 
     def pieces(description: str, total: int) -> Iterator[str | None]:
         task = progress.add_task(description, total=total)
-        for piece in read_pieces(paths, separator):
+        for piece in corpus.read_pieces(paths, separator):
             yield piece
             progress.advance(task, len(piece or ""))
         progress.update(task, completed=total)
@@ -172,7 +174,7 @@ def default_name(config: DataConfig) -> str:
 def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """data/NAME-TOKENIZER-DIGEST: another text, setting or given tokenizer has another folder.
     Raises UserError if there is no text."""
-    stats = [(p, p.stat()) for p in find_files(config.source)]
+    stats = [(p, p.stat()) for p in corpus.find_files(config.source)]
     recipe: list[Any] = [config.tokenizer, config.val_fraction]
     recipe.append([(str(p.resolve()), stat.st_size, stat.st_mtime_ns) for p, stat in stats])
     if tokenizer:

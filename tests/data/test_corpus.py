@@ -26,7 +26,7 @@ def test_builtin_is_the_standard_librarys_source_in_ascii():
 
 
 def test_files_folders_and_globs_are_found_in_order(tmp_path, monkeypatch):
-    for name in ("b.txt", "a.txt", "sub/c.jsonl", "d.bin"):
+    for name in ("b.txt", "a.txt", "sub/c.jsonl", "sub/D.NDJSON", "d.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
@@ -35,7 +35,7 @@ def test_files_folders_and_globs_are_found_in_order(tmp_path, monkeypatch):
     def found(source):
         return [path.name for path in corpus.find_files(str(source))]
 
-    assert found(tmp_path) == ["a.txt", "b.txt", "c.jsonl"]
+    assert found(tmp_path) == ["a.txt", "b.txt", "D.NDJSON", "c.jsonl"]
     assert found(tmp_path / "*.txt") == ["a.txt", "b.txt"]
     assert found(tmp_path / "**/*.jsonl") == ["c.jsonl"]
     assert found(tmp_path / "d.bin") == ["d.bin"]
@@ -60,6 +60,54 @@ def test_a_source_without_text_is_refused(tmp_path, monkeypatch, source, words):
     with pytest.raises(UserError) as caught:
         corpus.find_files(source)
     assert words in str(caught.value)
+
+
+def test_what_is_left_out_of_a_folder_is_counted(tmp_path):
+    contents = {
+        "a.txt": "x", "b.TXT": "y", "c.jsonl": '{"text": "z"}', "d.json": '[{"text": "u"}]',
+        "e.json": '{"text": "v"}\n{"text": "w"}', ".hidden.txt": "h",
+        ".ipynb_checkpoints/a.txt": "h", "empty.txt": "", "notes.py": "", "code.py": "x = 1",
+        "settings.json": '{"a": 1}', "run/config.json": "{}", "run/metrics.jsonl": "{}",
+        "run/checkpoints/20.json": '{"text": "no"}', "README": "x",
+    }  # fmt: skip
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(content)
+    found, left_out = corpus.find(str(tmp_path))
+    assert [path.name for path in found] == ["a.txt", "b.TXT", "c.jsonl", "d.json", "e.json"]
+    assert left_out == {"hidden": 2, "empty": 2, "of a run": 3, ".py": 1, ".json": 1,
+                        "without an ending": 1}  # fmt: skip
+    said = corpus.describe(found, left_out)
+    assert said.startswith("files read: 2 as text, 2 as JSON lines, 1 as a JSON array; left out: 3")
+    assert texts(*found) == ["x", "y", "z", "u", "v", "w"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.txt", '{"text": "a"}\n{"text": "b"}'), ("t.JSONL", '{"text": "a"}\n{"text": "b"}'),
+        ("t.ndjson", '\ufeff{"text": "a"}\n\n{"text": "b"}\n'),
+        ("t", '\n{"text": "a"}\n{"text": "b"}'),
+        ("t.json", '\ufeff [{"text": "a"},\n {"text": "b", "id": 2}]'),
+    ],
+)  # fmt: skip
+def test_json_is_recognised_under_any_name(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert texts(tmp_path / name) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "{text", "[1, 2]", '"text"', "{", "[" * 10**6])
+def test_text_that_only_looks_like_json_stays_text(tmp_path, content):
+    (tmp_path / "t.txt").write_text(content)
+    assert texts(tmp_path / "t.txt") == [content]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.Parquet", "a.txt.gz"])
+def test_a_kind_that_is_not_read_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    for source in (tmp_path / name, tmp_path / "a.*"):
+        with pytest.raises(UserError, match=rf"{name} is a \.\w+ file, which is not read"):
+            corpus.find_files(str(source))
 
 
 @given(st.text(alphabet="ab é\n\t\u2003'", min_size=1), st.integers(1, 9))
@@ -122,6 +170,9 @@ def test_jsonl_gives_one_document_a_line(tmp_path):
         ("a.jsonl", b'["text"]', "line 1 is not a JSON object"),
         ("a.jsonl", b'{"text": 3}', 'with a string `text`: {"text": 3}'),
         ("a.jsonl", b"\xff", "line 1 is not a JSON object in UTF-8"),
+        ("a.json", b'[{"text": "x"}, {"body": 1}]', "item 2 of its array is not an object with a"),
+        ("a.json", b"[1", "is not valid JSON"),
+        ("a.json", b"[]", "is empty"),
     ],
 )
 @pytest.mark.parametrize("size", [4, corpus.READ_BYTES])

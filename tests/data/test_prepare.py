@@ -249,7 +249,7 @@ def test_another_text_setting_or_tokenizer_gets_another_folder(tmp_path, monkeyp
 
 def test_the_default_folder_is_that_of_the_first_edition(tmp_path, monkeypatch):
     """Sets that it prepared are found again."""
-    monkeypatch.setattr(prepare, "find_files", lambda source: [])
+    monkeypatch.setattr(prepare.corpus, "find_files", lambda source: [])
     names = [
         str(prepare.default_dir(DataConfig("t.txt", tokenizer=kind), tokenizer))
         for kind in ("char", "gpt2", "sentencepiece")
