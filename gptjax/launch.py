@@ -111,11 +111,8 @@ def open_data(
                 raise
     dataset = token_files.load(folder)
     named = config.data.source if config.data.dir and "source" in config.data.given else None
-    if (
-        named
-        and dataset.source
-        and files.path(named).resolve() != files.path(dataset.source).resolve()
-    ):
+    # By name: a text that lies elsewhere is still the same one.
+    if named and dataset.source and Path(named).name != Path(dataset.source).name:
         raise UserError(
             f"{folder} (data.dir) was made from {dataset.source}, not from {named} (data.source):"
             " name one of the two, and make the other None"
