@@ -37,6 +37,7 @@ TESTS = {
     "optim.py": "test_optim.py",
     "train_step.py": "test_train_step.py devices/test_strategy.py",
     "sampling.py": "test_sampling.py",
+    "generation.py": "test_generation.py test_run.py",
     "evaluation.py": "test_evaluation.py",
     "data/batches.py": "data/test_batches.py",
     "trainer.py": "test_trainer.py test_resume.py",

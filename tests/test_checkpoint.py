@@ -128,9 +128,7 @@ def test_a_run_directory_may_have_any_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("part", ["manifest.ocdbt", "_METADATA", "d"])
-def test_a_save_that_cannot_be_opened_is_an_error_and_no_older_one_goes(
-    tmp_path, monkeypatch, part
-):
+def test_a_save_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch, part):
     open_metadata = checkpoint.ocp.checkpointables_metadata
 
     def damaged_first(folder):

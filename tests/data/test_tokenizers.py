@@ -48,7 +48,7 @@ def test_gpt2_ids_are_the_documented_ones(gpt2):
 
 
 @given(st.text(alphabet="a1' \n\t\u2003\x1c\x85é", max_size=60), st.sampled_from("23"))
-def test_white_space_is_taken_in_parts_without_a_change_of_tokens(byte_pairs, text, at_once):
+def test_white_space_in_parts_gives_the_same_tokens(byte_pairs, text, at_once):
     ours, released = (
         tiktoken.Encoding("", pat_str=p, mergeable_ranks=byte_pairs.ranks, special_tokens={})
         for p in (
