@@ -139,8 +139,14 @@ class DataConfig(Config):
     """Use this prepared folder as it is (also nanoGPT's train.bin, val.bin, meta.pkl). None:
     prepare `source` under data/."""
 
+    end_of_text: str | None = None
+    """What ends a document within a file, such as "<|endoftext|>". None: a document is a file, or a
+    line of JSON."""
+
     def problems(self) -> list[str]:
         out = self._check_ints(1, "sentencepiece_vocab_size")
+        if self.end_of_text is not None and len(self.end_of_text.split()) != 1:
+            out.append(f"data.end_of_text {self.end_of_text!r} must be a word without white space")
         if self.source == "":
             out.append("data.source is empty; name a file, a folder or a glob")
         if not 0 < self.val_fraction < 1:

@@ -22,12 +22,17 @@ class DataFlags(Config):
     """Vocabulary of the sentencepiece model, in pieces."""
     val_fraction: float = DataConfig.val_fraction
     """Share of the text's characters, at its end, held out for validation, in (0, 1)."""
+    end_of_text: str | None = None
+    """What ends a document within a file, such as "<|endoftext|>"."""
     out: str | None = None
     """The folder to make. None: data/ and a name made from the source."""
 
     def config(self, source: str) -> DataConfig:
         """The same as a run's settings."""
-        return DataConfig(source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction)
+        return DataConfig(
+            source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction,
+            end_of_text=self.end_of_text,
+        )  # fmt: skip
 
     def problems(self) -> list[str]:
         return self.config("builtin").problems()

@@ -106,7 +106,7 @@ def main(argv: list[str], prog: str) -> None:
             ).report()
         else:
             if given.text:
-                text = perplexity.read_text(given.text, tokenizer)
+                text = perplexity.read_text(given.text, tokenizer, metadata.config.data.end_of_text)
             elif not (folder := given.data_dir or metadata.config.data.dir):
                 raise UserError("these weights have no data of their own; name a text with --text")
             else:

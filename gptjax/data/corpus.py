@@ -177,13 +177,29 @@ def read_documents(paths: list[Path]) -> Iterator[Iterator[str]]:
                 yield iter([text])
 
 
-def read_pieces(paths: list[Path], separator: str | None) -> Iterator[str | None]:
+def read_pieces(
+    paths: list[Path], separator: str | None, end_of_text: str | None = None
+) -> Iterator[str | None]:
     """The pieces of all documents, with `separator` between documents (None stands for the
-    end-of-text token). Raises as `read_documents`."""
-    for number, document in enumerate(read_documents(paths)):
-        if number:
-            yield separator
-        yield from document
+    end-of-text token). `end_of_text`: what ends a document within a file, a word by itself. Raises
+    as `read_documents`."""
+    if end_of_text is None:
+        for number, document in enumerate(read_documents(paths)):
+            if number:
+                yield separator
+            yield from document
+        return
+    began = ended = False
+    for document in read_documents(paths):
+        for piece in document:  # which cuts no word
+            for number, part in enumerate(piece.split(end_of_text)):
+                ended = ended or number > 0
+                if part:
+                    if began and ended:
+                        yield separator
+                    began, ended = True, False
+                    yield part
+        ended = True
 
 
 def _checked(path: Path, texts: Iterator[str]) -> Iterator[str]:

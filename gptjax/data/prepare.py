@@ -18,7 +18,13 @@ from gptjax import files
 from gptjax.config import DataConfig
 from gptjax.data import corpus, tokenizers
 from gptjax.data.token_files import read_tokenizer
-from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
+from gptjax.data.tokenizers import (
+    END_OF_TEXT,
+    CharTokenizer,
+    Gpt2Tokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
 from gptjax.errors import RunError, UserError
 
 SENTENCEPIECE_SAMPLE = 10_000_000
@@ -77,12 +83,19 @@ def _prepare_into(
 
     def pieces(description: str, total: int) -> Iterator[str | None]:
         task = progress.add_task(description, total=total)
-        for piece in corpus.read_pieces(paths, separator):
+        for piece in corpus.read_pieces(paths, separator, config.end_of_text):
             yield piece
             progress.advance(task, len(piece or ""))
         progress.update(task, completed=total)
 
-    characters, tokenizer = _survey(config, pieces("reading the text", size), size, tokenizer)
+    reading = pieces("reading the text", size)
+    characters, marks, tokenizer = _survey(config, reading, size, tokenizer)
+    if marks:
+        progress.console.print(
+            f"note: the text has {END_OF_TEXT} in {marks:,} places, as characters;"
+            f" --data.end-of-text '{END_OF_TEXT}' makes them ends of documents",
+            highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     n_train = int(characters * (1 - config.val_fraction))
     again = pieces(f"tokenising ({tokenizer.kind})", characters)
@@ -115,16 +128,18 @@ def _prepare_into(
 
 def _survey(
     config: DataConfig, pieces: Iterator[str | None], size: int, tokenizer: Tokenizer | None
-) -> tuple[int, Tokenizer]:
-    """Read all of the text once: (its characters, `tokenizer` or a new one for this text)."""
+) -> tuple[int, int, Tokenizer]:
+    """Read all of the text once: (its characters, how often it spells GPT-2's end-of-text token,
+    `tokenizer` or a new one for this text)."""
     kind = None if tokenizer else config.tokenizer
-    characters, alphabet, sample = 0, set[str](), list[str]()
+    characters, marks, alphabet, sample = 0, 0, set[str](), list[str]()
     # The sample takes an equal share of every part of the text: the beginning of each long piece,
     # and one in so many short pieces, whole.
     share, owed = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size)), 0.0
     for piece in pieces:
         piece = piece or ""
         characters += len(piece)
+        marks += piece.count(END_OF_TEXT)
         if kind == "char":
             alphabet.update(piece)
         elif kind == "sentencepiece":
@@ -136,7 +151,7 @@ def _survey(
         tokenizer = CharTokenizer("".join(sorted(alphabet)))
     elif kind == "sentencepiece":
         tokenizer = SentencePieceTokenizer.train(sample, config.sentencepiece_vocab_size)
-    return characters, tokenizer or Gpt2Tokenizer()
+    return characters, marks, tokenizer or Gpt2Tokenizer()
 
 
 def _encode(
@@ -181,6 +196,8 @@ def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
         recipe.append(tokenizer.state())
     elif config.tokenizer == "sentencepiece":
         recipe.append(config.sentencepiece_vocab_size)
+    if config.end_of_text:
+        recipe.append(config.end_of_text)
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     return Path("data") / f"{default_name(config)}-{digest}"
 

@@ -76,7 +76,7 @@ def load(folder: Path) -> Dataset:
     meta = _read_meta(folder) if (folder / "meta.json").is_file() else {}
     # nanoGPT's sets without a meta.pkl hold GPT-2's tokens.
     tokenizer = read_tokenizer(folder) or Gpt2Tokenizer()
-    dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+    dtype = np.dtype(meta.get("dtype") or _unrecorded_dtype(folder)).newbyteorder("<")
     digest, splits = hashlib.sha256(), list[TokenFile]()
     for split in SPLITS:
         path = folder / f"{split}.bin"
@@ -97,6 +97,12 @@ def load(folder: Path) -> Dataset:
         splits.append(tokens)
     train, val = splits
     return Dataset(train, val, tokenizer, digest.hexdigest(), meta.get("source"))
+
+
+def _unrecorded_dtype(folder: Path) -> str:
+    """uint16 is nanoGPT's; of tokens that somebody wrote as uint32 every second half is 0."""
+    halves = np.fromfile(folder / "val.bin", "<u2", 1 << 16)
+    return "uint32" if len(halves) > 32 and halves.any() and not halves[1::2].any() else "uint16"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -60,14 +60,14 @@ class TextResult(NamedTuple):
         )
 
 
-def read_text(source: str, tokenizer: Tokenizer) -> Text:
+def read_text(source: str, tokenizer: Tokenizer, end_of_text: str | None = None) -> Text:
     """The documents of a file, folder or glob, concatenated. Between them stands the end-of-text
-    token if the tokenizer has one, else a line end. UserError: it cannot be read, or has characters
-    that the tokenizer does not know."""
+    token if the tokenizer has one, else a line end. `end_of_text`: as `DataConfig`'s. UserError: it
+    cannot be read, or has characters that the tokenizer does not know."""
     separator = "\n" if tokenizer.eot is None else None
     tokens = np.concatenate([
         np.array([tokenizer.eot], np.int32) if piece is None else tokenizer.encode(piece)
-        for piece in corpus.read_pieces(corpus.find_files(source), separator)
+        for piece in corpus.read_pieces(corpus.find_files(source), separator, end_of_text)
     ])  # fmt: skip
     return _text(source, tokens, tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest())
 

@@ -155,6 +155,21 @@ def test_jsonl_gives_one_document_a_line(tmp_path):
     assert texts(path) == ["x ? y"]  # half a surrogate pair, which UTF-8 cannot spell
 
 
+@given(st.lists(st.lists(st.text("ab \n", min_size=1), min_size=1), min_size=1), st.integers(1, 9))
+def test_a_word_may_end_a_document_within_a_file(tmp_path_factory, documents, size):
+    folder = tmp_path_factory.mktemp("t")
+    for number, parts in enumerate(documents):  # a word is never cut, with white space around it
+        text = "\n<|e|>\n".join(parts)
+        (folder / f"{number:03}.txt").write_text(text, newline="")
+    paths = sorted(folder.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "READ_BYTES", size)
+        found = "".join(corpus.read_pieces(paths, "|", "<|e|>"))
+    assert found == "|".join("\n|\n".join(parts) for parts in documents)
+    paths[0].write_text("<|e|>a<|e|><|e|>b<|e|>")
+    assert "".join(corpus.read_pieces(paths[:1], "|", "<|e|>")) == "a|b"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

@@ -95,6 +95,20 @@ def test_documents_are_separated(tmp_path, make_set, byte_pairs):
     assert byte_pairs.decode(ids[: ends[0]]) == "one two"
 
 
+def test_an_end_of_text_in_the_text_is_noticed_and_may_be_meant(tmp_path, byte_pairs):
+    (tmp_path / "t.txt").write_text("one<|endoftext|>two <|endoftext|>three\n" * 9)
+    config, console = DataConfig(str(tmp_path / "t.txt")), Console(record=True, width=200)
+    prepare.prepare(config, tmp_path / "a", console, byte_pairs)
+    said = console.export_text()
+    assert "<|endoftext|> in 18 places" in said and "--data.end-of-text '<|endoftext|>'" in said
+    assert byte_pairs.eot not in everything(load(tmp_path / "a"))
+    meant = config.replace(end_of_text="<|endoftext|>")
+    prepare.prepare(meant, tmp_path / "b", console, byte_pairs)
+    ids = everything(load(tmp_path / "b"))
+    assert ids.count(byte_pairs.eot) == 18 and "note" not in console.export_text()
+    assert byte_pairs.decode(ids[: ids.index(byte_pairs.eot)]) == "one"
+
+
 def test_a_large_vocabulary_gets_uint32(tmp_path, make_set):
     text = "".join(map(chr, range(0x10000, 0x10000 + 70_000))) * 2
     dataset = load(make_set(tmp_path, text))
@@ -241,10 +255,11 @@ def test_another_text_setting_or_tokenizer_gets_another_folder(tmp_path, monkeyp
     assert first.name.startswith("my_text-char-")
     assert folder("sentencepiece").name.startswith("my_text-sentencepiece4096-")
     others = [folder("gpt2"), folder("sentencepiece"), folder(val_fraction=0.2)]
+    others.append(folder(end_of_text="<|e|>"))
     others += [folder(given=tokenizer) for tokenizer in (byte_pairs, CharTokenizer("ab"))]
     (tmp_path / "my text.txt").write_text(TEXT + "more")
     others.append(folder())
-    assert len({first, *others}) == 7
+    assert len({first, *others}) == 8
 
 
 def test_the_default_folder_is_that_of_the_first_edition(tmp_path, monkeypatch):

@@ -54,6 +54,15 @@ def test_nanogpts_folders_are_used_as_they_are(tmp_path, protocol):
     assert load(tmp_path).val[:].tolist() == [0, 1]
 
 
+def test_a_nanogpt_folder_of_32_bit_tokens_is_recognised(tmp_path):
+    folder = nanogpt_folder(tmp_path, pickle.dumps(META))
+    expected = [load(folder).train[:].tolist(), load(folder).val[:].tolist()]
+    for name in ("train", "val"):
+        tokens = np.fromfile(folder / f"{name}.bin", "<u2")
+        tokens.astype("<u4").tofile(folder / f"{name}.bin")
+    assert [load(folder).train[:].tolist(), load(folder).val[:].tolist()] == expected
+
+
 def test_nanogpts_folders_without_meta_hold_gpt2_tokens(tmp_path, gpt2):
     assert load(nanogpt_folder(tmp_path, None)).tokenizer.n_vocab == gpt2.n_vocab
 
