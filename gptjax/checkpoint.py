@@ -26,7 +26,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from gptjax import files
 from gptjax.devices import peer_failure
-from gptjax.errors import RunError, UserError, first_line
+from gptjax.errors import RunError, UserError, first_line, is_out_of_memory
 from gptjax.hashed_random import mix
 
 ORBAX_METADATA = "_CHECKPOINT_METADATA"
@@ -317,7 +317,7 @@ class Checkpoints:
         try:
             loaded = ocp.load_checkpointables(self._orbax_directory / str(step), targets)
         except Exception as error:  # of tensorstore, Orbax and the file system
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            if is_out_of_memory(error):
                 raise
             if peer_failure.is_peer_failure(error):  # no fault of the checkpoint's
                 raise RunError(peer_failure.MESSAGE) from error

@@ -1,5 +1,6 @@
 """The one kind of failure a user sees: a single line, no traceback, a non-zero exit code."""
 
+import re
 from typing import Any
 
 LONGEST_MESSAGE = 3000
@@ -30,6 +31,13 @@ class RunError(UserError):
     """Work that began and could not be finished (a full disk, a non-finite loss)."""
 
     exit_code = 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; XLA and its runtimes say so in several ways."""
+    words = r"RESOURCE_EXHAUSTED|out of memory|bad_alloc|failed to allocate"
+    said = isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or bool(said)
 
 
 def quoted(value: Any) -> str:

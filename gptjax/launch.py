@@ -68,6 +68,7 @@ def train(
     if runtime.dry_run:
         memory.dry_run(config, runtime)
         return None
+    memory.refuse_too_large(config, runtime)
     try:
         with contextlib.closing(_lock(run_dir, config, runtime, dataset)):
             return _train_in(run_dir, config, runtime, dataset, callbacks, stop)

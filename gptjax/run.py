@@ -17,7 +17,7 @@ from gptjax.config import ModelConfig, TrainConfig
 from gptjax.data import tokenizers
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.decode_layout import unstack
-from gptjax.devices import setup
+from gptjax.devices import memory, setup
 from gptjax.errors import RunError, UserError
 from gptjax.generation import GenerationConfig, GrowingText, Overflow, grow, prompt_ids
 from gptjax.model import Params
@@ -186,7 +186,10 @@ def tokens(
     params: Params, prompt: np.ndarray, config: ModelConfig, settings: GenerationConfig, *,
     stream: bool,
 ) -> Iterator[np.ndarray]:  # fmt: skip
-    """As `sampling.generate`; one token at a time where they are streamed."""
+    """As `sampling.generate`; one token at a time where they are streamed. UserError: so many
+    samples do not fit."""
+    total = len(prompt) + settings.max_new_tokens
+    memory.refuse_too_many(config, settings.num_samples, total)
     return sampling.generate(
         params,
         prompt,

@@ -64,3 +64,12 @@ def test_a_run_directory_that_cannot_be_is_named(tiny, train_tiny, tmp_path):
         train_tiny(tiny.config, tmp_path / "file")
     with pytest.raises(RunError, match="file/run: Not a directory"):
         train_tiny(tiny.config, tmp_path / "file" / "run")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_made(tiny, train_tiny, tmp_path):
+    config = tiny.config.replace({"model.n_embd": 65536, "model.n_layer": 100})
+    with pytest.raises(
+        UserError, match=r"parameters do not fit: each device needs \d{5}\.\d\d GiB"
+    ):
+        train_tiny(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -17,7 +17,7 @@ import gptjax
 from gptjax import config_io, first_edition
 from gptjax.commands import flags
 from gptjax.devices import peer_failure
-from gptjax.errors import UserError
+from gptjax.errors import UserError, is_out_of_memory
 
 COMMANDS = {
     "train": "train a model, or resume a run",
@@ -141,7 +141,7 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     except RuntimeError as error:
         if peer_failure.is_peer_failure(error):
             return _fail(peer_failure.MESSAGE, 1)
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_memory(error):
             return _fail(OUT_OF_MEMORY, 1)
         _show_bug()
         raise

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from gptjax import attention, train_step
-from gptjax.config import TrainConfig
+from gptjax.config import ModelConfig, TrainConfig
 from gptjax.devices import setup
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import RunError, UserError
@@ -68,6 +68,32 @@ def available(gib: float | None) -> tuple[float, str]:
         free, name = int(known["MemAvailable"].split()[0]) * 1024, "free memory"
     count = jax.local_device_count()
     return free / count, f"this machine's {name}{f' / {count}' if count > 1 else ''}"
+
+
+def refuse_too_large(config: TrainConfig, runtime: RuntimeConfig) -> None:
+    """Before anything is made: UserError if not even the state fits a device."""
+    sharded = setup.device_count() if runtime.strategy == "fsdp" else 1
+    need = 12 * config.model.num_parameters() / sharded  # float32 parameters, and two moments
+    have, source = available(runtime.device_memory)
+    if need > have:
+        raise UserError(
+            f"{config.model.num_parameters():,} parameters do not fit: each device needs"
+            f" {_gib(need)} for them and the optimizer's state, of {_gib(have)} ({source}); use a"
+            " smaller model, or --strategy fsdp on more devices"
+        )
+
+
+def refuse_too_many(config: ModelConfig, num_samples: int, tokens: int) -> None:
+    """UserError if the keys and values of so many samples of `tokens` do not fit a device."""
+    size = compute_dtype(config).itemsize
+    one = 2 * config.n_layer * config.n_embd * min(tokens, config.block_size) * size
+    one += 4 * (config.vocab_size or 0)
+    have, source = available(None)
+    if num_samples * one > have:
+        raise UserError(
+            f"{num_samples:,} samples need {_gib(num_samples * one)} of {_gib(have)} ({source});"
+            " lower num_samples"
+        )
 
 
 def dry_run(config: TrainConfig, runtime: RuntimeConfig) -> None:

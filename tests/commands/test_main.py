@@ -27,6 +27,7 @@ def raising(error):
         (RunError("broke\nhere"), 1, r"error: broke\nhere"),
         (MemoryError(), 1, "error: out of memory; lower batch_size"),
         (RuntimeError("RESOURCE_EXHAUSTED: 3 GB"), 1, "error: out of memory; lower batch_size"),
+        (RuntimeError("INTERNAL: Out of memory"), 1, "error: out of memory; lower batch_size"),
         (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device"),
         (KeyboardInterrupt(), 130, "stopped; nothing is left half done"),
         (main.Terminated(15), 143, "stopped; nothing is left half done"),
