@@ -149,6 +149,8 @@ class DataConfig(Config):
             out.append(f"data.end_of_text {self.end_of_text!r} must be a word without white space")
         if self.source == "":
             out.append("data.source is empty; name a file, a folder or a glob")
+        if self.dir == "":
+            out.append("data.dir is empty; name a prepared folder")
         if not 0 < self.val_fraction < 1:
             out.append(f"data.val_fraction {self.val_fraction} is outside (0, 1)")
         return out

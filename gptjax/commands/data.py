@@ -35,7 +35,7 @@ class DataFlags(Config):
         )  # fmt: skip
 
     def problems(self) -> list[str]:
-        return self.config("builtin").problems()
+        return self.config("builtin").problems() + ["--out is empty"] * (self.out == "")
 
 
 DEFAULTS = [DataFlags()]

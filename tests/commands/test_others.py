@@ -99,6 +99,10 @@ def test_report_draws_into_the_run_or_where_it_is_told(trained, gptjax, tmp_path
     pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
     shutil.copytree(trained[0], tmp_path / "run")
     assert gptjax("report", "run") == "drew run/loss.png\n"
+    assert (
+        gptjax("report", "run", "--out", "pic") == "drew pic.png\n"
+        and (tmp_path / "pic.png").exists()
+    )
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert gptjax("report", "run", "--run-dir", "run", "--out", "both.svg") == "drew both.svg\n"
 
