@@ -91,19 +91,24 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    @functools.cached_property
+    @property
     def _orbax_directory(self) -> Path:
         """`directory`, by a name that Orbax can stand: it takes the path of what it has written for
-        a pattern, in which it finds nothing where the path has one of these characters."""
+        a pattern, in which it finds nothing where the path has one of these characters.
+
+        Raises:
+            UserError: there is something else of that name.
+        """
         if files.is_remote(self.directory) or not re.search(r"[][*?\\]", str(self.directory)):
             return self.directory
         digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
-        # The same name on all hosts.
+        # The same name on all hosts. Made anew where somebody has tidied up there.
         link = Path(tempfile.gettempdir()) / f"gptjax-{os.getuid()}-{digest}"
         with contextlib.suppress(FileExistsError):
             link.symlink_to(self.directory)
-        if link.resolve() != self.directory.resolve():
-            raise UserError(f"{link} is not a link to {self.directory}; delete it")
+        ours = link.is_symlink() and link.lstat().st_uid == os.getuid()
+        if not ours or link.resolve() != self.directory.resolve():
+            raise UserError(f"{link} is not our link to {self.directory}; move it away")
         return link
 
     @property
@@ -179,6 +184,7 @@ class Checkpoints:
         self.wait()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._orbax_directory  # noqa: B018 (there is a link to make)
             if jax.process_index() == 0:
                 self._write_metadata(step, metadata, digests)
             with _save_options():
@@ -234,12 +240,17 @@ class Checkpoints:
     def _verify(self, step: int, written: dict[str, list[tuple[int, ...]]]) -> None:
         """Open a new checkpoint as a reader would, up to the arrays' numbers. Before older ones are
         deleted: a save counts only when it can be opened."""
-        self.read_metadata(step)
-        found = ocp.checkpointables_metadata(self._orbax_directory / str(step)).metadata
-        for name, shapes in written.items():
-            if found.get(name) is None or _shapes(found[name]) != shapes:
-                moved = self.set_aside(step)
-                raise Corrupted(f"{name} of step {step} cannot be opened again; see {moved}")
+        try:
+            self.read_metadata(step)
+            found = ocp.checkpointables_metadata(self._orbax_directory / str(step)).metadata
+            broken = [n for n in written if not found.get(n) or _shapes(found[n]) != written[n]]
+            if step not in self.steps or broken:
+                raise Corrupted(f"{', '.join(broken) or 'the folder'} of step {step} is missing")
+        except Exception as error:
+            moved = self.set_aside(step)
+            raise Corrupted(
+                f"step {step} cannot be opened again ({first_line(error)}); see {moved}"
+            ) from error
 
     def _prune(self, keep: int) -> None:
         """Delete all but the newest `keep`, the best, and each `keep_every`th step; nothing, while

@@ -109,7 +109,7 @@ def load_config(name: str) -> tuple[TrainConfig, RuntimeConfig]:
     except (Exception, SystemExit) as error:  # the file is the user's code: it may raise anything
         raise UserError(f"{name}{_line(error, path)}: {_explain(error)}") from None
     config, runtime = found.get("config"), found.get("runtime", RuntimeConfig())
-    if config is None and {"max_iters", "eval_iters", "n_layer", "out_dir"} & found.keys():
+    if config is None and len(other_names.NANOGPT_TRAINS.keys() & found.keys()) > 1:
         raise UserError(f"{name} is a config file of nanoGPT; here it is: {_from_nanogpt(found)}")
     if type(config).__name__ != "TrainConfig":
         raise UserError(f"{name} must set `config = TrainConfig(...)` (from gptjax.config)")
@@ -198,16 +198,22 @@ def _line(error: BaseException, path: Path) -> str:
 
 def _from_nanogpt(found: Mapping[str, Any]) -> str:
     """The command that has the settings of a nanoGPT config file."""
-    names = [*setting_types(TrainConfig), *setting_types(RuntimeConfig)]
-    values = other_names.from_nanogpt(other_names.NANOGPT_TRAINS | dict(found), names)
-    values |= {name: found[name] for name in ("device",) if name in found}
+    kinds = setting_types(TrainConfig) | setting_types(RuntimeConfig)
+    values = other_names.from_nanogpt(other_names.NANOGPT_TRAINS | dict(found), kinds)
     values |= {"run_dir": found.get("out_dir", "out"), "model.gelu": "erf"}
-    dataset = str(found.get("dataset", ""))
+    values["device"] = {"cpu": "cpu", "cuda": "gpu"}.get(str(found.get("device", ""))[:4], "auto")
+    dataset = str(found.get("dataset", "openwebtext"))
     if "shakespeare" in dataset:
         values["data.source"] = "shakespeare"
-    values["data.tokenizer"] = "char" if dataset.endswith("_char") else "gpt2"
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-    return program.command("train", *flags)
+        values["data.tokenizer"] = "char" if dataset.endswith("_char") else "gpt2"
+    else:
+        values["data.dir"] = f"data/{dataset}"
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in values.items() if fits(v, kinds[n])]
+    origin, more = str(found.get("init_from", "")), ""
+    if origin.startswith("gpt2"):
+        weights = program.command("convert", "import", origin, f"runs/{origin}")
+        more = f" --init-from=runs/{origin}, without the flags of the model (first: {weights})"
+    return program.command("train", *flags) + more
 
 
 def _explain(error: BaseException) -> str:

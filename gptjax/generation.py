@@ -30,7 +30,7 @@ class GenerationConfig(Config):
     seed: int = 1337
     """The same seed and settings give the same text."""
     stop: tuple[str, ...] = ()
-    """End a sample before any of these texts; \\n and \\t are understood."""
+    """End a sample before any of these texts."""
     ignore_end_of_text: bool = False
     """Go on after the token that ends a document."""
     overflow: Overflow = "exact"

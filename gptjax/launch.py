@@ -112,8 +112,9 @@ def open_data(
                 raise
     dataset = token_files.load(folder)
     named = config.data.source if config.data.dir and "source" in config.data.given else None
-    # By name: a text that lies elsewhere is still the same one.
-    if named and dataset.source and Path(named).name != Path(dataset.source).name:
+    # By name: a text that lies elsewhere is still the same one. ("." is no name.)
+    names = Path(named or "").name, Path(dataset.source or "").name
+    if all(names) and names[0] != names[1]:
         raise UserError(
             f"{folder} (data.dir) was made from {dataset.source}, not from {named} (data.source):"
             " name one of the two, and make the other None"

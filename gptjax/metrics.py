@@ -1,12 +1,13 @@
 """metrics.jsonl: one JSON object a line, for every step that is reported."""
 
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from gptjax import files
+from gptjax import config_io, files
 from gptjax.devices import setup
 from gptjax.errors import RunError, UserError, first_line
 from gptjax.trainer import Callback, Row, Trainer
@@ -59,7 +60,11 @@ class MetricsLog(Callback):
         last = start.step - (1 if start.unfinished else 0)
         rows = read(self._path) if self._path.exists() else []
         reached = rows[-1]["step"] if rows and not start.step else 0
-        interval = trainer.runtime.save_interval or trainer.runtime.eval_interval
+        runtime = trainer.runtime
+        with contextlib.suppress(UserError, OSError):  # as it was, rather than as it will be
+            path = self._path.with_name("config.json")
+            runtime = config_io.run_settings(files.read_json(path), str(path))[1]
+        interval = runtime.save_interval or runtime.eval_interval
         # The folder is there from the start. The second save waits for the first one, and steps
         # after it are logged later still.
         folder_gone = not self._remote and not trainer.checkpoints.directory.exists()
@@ -69,6 +74,8 @@ class MetricsLog(Callback):
                 " metrics.jsonl says, but it has no checkpoint: put its checkpoints back, or name"
                 " another --run-dir"
             )
+        if reached and not self._remote:  # nothing is lost where the run begins anew
+            self._path.replace(self._path.with_name("metrics.before.jsonl"))
         self._rows = [row for row in rows if start.step and row["step"] <= last]
         self._seconds_before = float(self._rows[-1].get("seconds") or 0) if self._rows else 0.0
         self._write()

@@ -47,20 +47,22 @@ class Config:
         """This with other values: `config.replace({"model.n_layer": 4}, max_steps=100)`.
 
         Raises:
-            ConfigError: values are out of range; it names all of them.
+            ConfigError: names are unknown or values out of range; it names all of them.
         """
         values = {name: getattr(self, name) for name in self.given}
+        kinds, problems = _types(type(self)), list[str]()  # type: ignore[arg-type]
         sections: dict[str, dict[str, Any]] = {}
         for name, value in {**changes, **more}.items():
             section, _, rest = name.partition(".")
-            if rest:
+            if section not in kinds or (rest and not dataclasses.is_dataclass(kinds[section])):
+                problems.append(f"unknown setting {self.prefix}{name}")
+            elif rest:
                 sections.setdefault(section, {})[rest] = value
             else:
                 values[name] = value
-        problems: list[str] = []
         for section, inner in sections.items():
             try:
-                values[section] = getattr(self, section).replace(inner)
+                values[section] = values.get(section, getattr(self, section)).replace(inner)
             except ConfigError as error:
                 problems += error.problems
         try:
@@ -96,6 +98,8 @@ def expected(kind: Any) -> str:
         return " or ".join(map(expected, args))
     if origin is tuple:
         return f"any number of {expected(args[0])}"
+    if dataclasses.is_dataclass(kind):
+        return f"a {getattr(kind, '__name__', kind)}"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     return words.get(kind, "None")
 

@@ -7,20 +7,20 @@ import signal
 import sys
 from typing import Any
 
+from gptjax.program import STOP_SIGNALS
 from gptjax.trainer import Callback, Trainer
 
 
 class StopSignal(Callback):
-    """From the start of training until `close`, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (which SLURM
-    sends before a job's time is over) only set `number`: to the last of them, 0 before. A second
-    Ctrl-C ends the process at once."""
+    """From the start of training until `close`, STOP_SIGNALS only set `number`: to the last of
+    them, 0 before. A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, Any] = {}
 
     def on_start(self, trainer: Trainer) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._received)
 

@@ -141,7 +141,7 @@ def test_a_save_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch, part):
         checkpoints.wait()
         monkeypatch.setattr(checkpoint.ocp, "checkpointables_metadata", damaged_first)
         save(checkpoints, 2)
-        with pytest.raises(RunError, match="params of step 2 cannot be opened again") as caught:
+        with pytest.raises(RunError, match="step 2 cannot be opened again") as caught:
             checkpoints.wait()
     assert "step 1 is saved" in str(caught.value) and steps(tmp_path) == [1]
     assert_same(restore(tmp_path, 1), ARRAYS)

@@ -9,7 +9,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
@@ -21,6 +20,9 @@ F = TypeVar("F")
 
 FLAG = re.compile("--[a-zA-Z]")
 """What a flag begins with; "-", "-3" and "--- a line" are values."""
+
+BOOLEAN_WORDS = {"true", "false", "none", "yes", "no", "on", "off", "y", "n", "1", "0", "maybe"}
+"""After a boolean flag these are its value, though some are refused then; another word is not."""
 
 EXPLICIT = (tyro.conf.FlagConversionOff,)
 """For tyro: --flag True rather than --flag and --no-flag."""
@@ -141,20 +143,12 @@ def combined(defaults: Sequence[Any]) -> Any:
 def _following(kind: Any, rest: list[str]) -> list[str]:
     """Takes from `rest` the values of a flag; `kind` None: it is not known."""
     count = next((n for n, argument in enumerate(rest) if FLAG.match(argument)), len(rest))
-    if bool in (kind, *get_args(kind)) and not (count and _is_stated(rest[0])):
+    if bool in (kind, *get_args(kind)) and not (count and rest[0].lower() in BOOLEAN_WORDS):
         return ["True"]
     if get_origin(kind) is not tuple:
         count = min(count, 1)
     taken, rest[:] = rest[:count], rest[count:]
     return taken
-
-
-def _is_stated(word: str) -> bool:
-    """Whether what follows a boolean flag is its value (though it may be a wrong one), not a file,
-    a config or a run."""
-    if word.lower() in ("true", "false", "none"):
-        return True
-    return word.isalnum() and not Path(word).exists() and word not in config_io.shipped()
 
 
 def _value(kind: Any, values: Sequence[str]) -> Any:

@@ -1,6 +1,7 @@
 """gptjax generate [RUN]: continue a prompt with a trained model."""
 
 import dataclasses
+import re
 import sys
 import time
 from typing import Literal
@@ -20,8 +21,10 @@ class GenerateFlags(GenerationConfig):
     checkpoint: str = "best"
     """best (lowest validation loss), latest, or a step."""
     prompt: str | None = None
-    """Text to continue; \\n and \\t are understood. None: a line end. An empty one begins a new
-    document, where the model knows their ends."""
+    """Text to continue; \\n, \\t and \\\\ are understood. None: a line end. An empty one begins a
+    new document, where the model knows their ends."""
+    stop: tuple[str, ...] = ()
+    """End a sample before any of these texts; \\n, \\t and \\\\ are understood."""
     prompt_file: str | None = None
     """Read the prompt from this file instead; - is standard input."""
     stream: bool = False
@@ -56,7 +59,7 @@ def main(argv: list[str], prog: str) -> None:
     try:
         prompt = prompt_ids(model.tokenizer, prompt_text, skip_unknown=skip)
     except UserError as error:
-        hint = "" if skip else "; --unknown skip leaves out unknown characters"
+        hint = "" if skip or not prompt_text else "; --unknown skip leaves out unknown characters"
         raise UserError(f"{error}{hint}") from None
     if prompt_text is None:
         prompt_text = model.tokenizer.decode(prompt.tolist())
@@ -84,8 +87,9 @@ def main(argv: list[str], prog: str) -> None:
 
 
 def unescape(text: str) -> str:
-    """A shell passes \\n on as two characters."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
+    """A shell passes \\n on as two characters; \\\\ is a backslash."""
+    spelled = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: spelled[found[1]], text)
 
 
 def read_prompt(given: GenerateFlags) -> str | None:

@@ -47,6 +47,7 @@ ENVIRONMENT = {
     "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     "JAX_NUMPY_RANK_PROMOTION": "allow",
     "JAX_THREEFRY_PARTITIONABLE": "1",
+    "JAX_RANDOM_SEED_OFFSET": "0",
     "JAX_TRANSFER_GUARD": "allow",
 }
 """For the whole process what `numerics.standard` is for a function: others change our numbers."""
@@ -108,7 +109,7 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a hangup before training just ends it
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _terminate)
     for stream in (sys.stdout, sys.stderr):

@@ -79,6 +79,11 @@ def find(source: str | None) -> tuple[list[Path], Counter[str]]:
                 f"{p} is a {p.suffix} file, which is not read; convert it to text (.txt) or to JSON"
                 " lines (.jsonl), an object with a string `text` a line"
             )
+        if p.suffix.lower() == ".json" and kind(p) == "text":
+            raise UserError(
+                f"{p} is neither an array of objects with a string `text` nor such an object a line"
+                " (if it is to be read as it is, call it .txt)"
+            )
     return sorted(found), left_out
 
 
@@ -89,10 +94,11 @@ def _why_not(path: Path, root: Path) -> str:
         return "hidden"
     if path.stat().st_size == 0:
         return "empty"
-    if path.parent.name == "checkpoints" or (
-        path.name in ("metrics.jsonl", "config.json") and (path.parent / "checkpoints").is_dir()
-    ):
-        return "of a run"
+    inside = {folder.parent for folder in path.parents if folder.name == "checkpoints"}
+    beside = {path.parent} if path.name in ("metrics.jsonl", "config.json") else set()
+    for run in inside | beside:
+        if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
+            return "of a run"
     if folder and (suffix not in READ or (suffix == ".json" and kind(path) == "text")):
         return suffix or "without an ending"
     return ""
@@ -104,16 +110,19 @@ def kind(path: Path) -> Literal["text", "JSON lines", "a JSON array"]:
         return "JSON lines"
     try:
         with path.open("rb") as file:
-            start = file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+            read = iter(lambda: file.readline(LONGEST_PIECE), b"")
+            content = (line.removeprefix(codecs.BOM_UTF8).strip() for line in read)
+            lines = list(itertools.islice(filter(None, content), 2))
     except OSError:
         return "text"  # whose reader says what is wrong
-    if path.suffix.lower() == ".json" and start.startswith(b"["):
+    if path.suffix.lower() == ".json" and lines and lines[0].startswith(b"["):
         return "a JSON array"
     try:
-        line = json.loads(start.split(b"\n")[0])
+        found = [json.loads(line) for line in lines if line.startswith(b"{")]
     except (ValueError, RecursionError):
         return "text"
-    return "JSON lines" if isinstance(line, dict) and "text" in line else "text"
+    texts = [item for item in found if isinstance(item, dict) and "text" in item]
+    return "JSON lines" if texts and len(texts) == len(lines) else "text"
 
 
 def describe(paths: list[Path], left_out: Counter[str]) -> str:

@@ -1,12 +1,12 @@
 """Text into token files, in one streaming pass over any amount of text (see `token_files`)."""
 
 import hashlib
-import itertools
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +169,15 @@ def _encode(
         cut = max(0, left)
         return tokenizer.encode(piece[:cut]), tokenizer.encode(piece[cut:])
 
-    left = n_train
+    left, pending = n_train, deque[Future[tuple[np.ndarray, np.ndarray]]]()
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
-        while batch := list(itertools.islice(pieces, IN_FLIGHT)):
-            lengths = (-len(piece or "") for piece in batch)
-            lefts = list(itertools.accumulate(lengths, initial=left))
-            yield from pool.map(encode, batch, lefts)
-            left = lefts[-1]
+        for piece in pieces:
+            pending.append(pool.submit(encode, piece, left))
+            left -= len(piece or "")
+            if len(pending) > IN_FLIGHT:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def default_name(config: DataConfig) -> str:
@@ -189,13 +191,17 @@ def default_name(config: DataConfig) -> str:
 def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """data/NAME-TOKENIZER-DIGEST: another text, setting or given tokenizer has another folder.
     Raises UserError if there is no text."""
-    stats = [(p, p.stat()) for p in corpus.find_files(config.source)]
+    paths = corpus.find_files(config.source)
+    stats = [(p, p.stat()) for p in paths]
     recipe: list[Any] = [config.tokenizer, config.val_fraction]
     recipe.append([(str(p.resolve()), stat.st_size, stat.st_mtime_ns) for p, stat in stats])
     if tokenizer:
         recipe.append(tokenizer.state())
     elif config.tokenizer == "sentencepiece":
         recipe.append(config.sentencepiece_vocab_size)
+    # gptjax 0.1 read as JSON what is called .jsonl, and nothing else.
+    if any((corpus.kind(p) == "text") == (p.suffix == ".jsonl") for p in paths):
+        recipe.append([corpus.kind(p) for p in paths])
     if config.end_of_text:
         recipe.append(config.end_of_text)
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]

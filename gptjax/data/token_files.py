@@ -96,7 +96,9 @@ def load(folder: Path) -> Dataset:
             )
         splits.append(tokens)
     train, val = splits
-    return Dataset(train, val, tokenizer, digest.hexdigest(), meta.get("source"))
+    source = meta.get("source")
+    source = source if isinstance(source, str) else None
+    return Dataset(train, val, tokenizer, digest.hexdigest(), source)
 
 
 def _unrecorded_dtype(folder: Path) -> str:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from gptjax.devices import peer_failure
 from gptjax.errors import RunError, UserError, first_line
+from gptjax.program import STOP_SIGNALS
 from gptjax.runtime_config import DistributedConfig
 
 SHUTDOWN_TIMEOUT = 600
@@ -45,7 +46,7 @@ def join(config: DistributedConfig, *, tpu: bool) -> None:
     # JAX's own handler for preemption would take SIGTERM away from us.
     jax.config.update("jax_enable_preemption_service", False)
     # It waits in C++ code, where Python's signal handlers do not run until it is over.
-    handled = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) != signal.SIG_IGN]
+    handled = [s for s in STOP_SIGNALS if signal.getsignal(s) != signal.SIG_IGN]
     before = {s: signal.signal(s, signal.SIG_DFL) for s in handled}
     try:
         jax.distributed.initialize(
@@ -88,7 +89,8 @@ def find(config: DistributedConfig, *, tpu: bool) -> dict[str, Any] | None:
         address, *texts = (env.get(name) or None for name in names)
         try:
             count, number = (int(text) if text else None for text in texts)
-            if count != 1:
+            launched = tpu or ("SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env)
+            if count != 1 and (address or not launched):  # else the launcher knows the rest
                 DistributedConfig(address, count, number)  # checks variables as flags are checked
         except ValueError as error:
             raise UserError(f"{', '.join(names)}: {error}") from None

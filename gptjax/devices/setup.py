@@ -81,7 +81,8 @@ def use_compilation_cache(folder: Path) -> None:
         # Not by JAX's own limit: for that it writes two files per program, and a kill between them
         # disables its cache for good.
         kept = 0
-        for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime, reverse=True):
+        programs = [file for file in folder.iterdir() if file.is_file()]
+        for file in sorted(programs, key=lambda file: file.stat().st_mtime, reverse=True):
             kept += file.stat().st_size
             if kept > COMPILATION_CACHE_BYTES:
                 file.unlink(missing_ok=True)

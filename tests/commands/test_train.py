@@ -263,6 +263,7 @@ OTHERS = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_THREEFRY_PARTITIONABLE": "0",
     "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_RANDOM_SEED_OFFSET": "5",
     "JAX_TRANSFER_GUARD": "disallow",
     "MPLBACKEND": "nope",
 }
