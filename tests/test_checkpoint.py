@@ -127,6 +127,21 @@ def test_a_run_directory_may_have_any_name(tmp_path, name):
     assert_same(restore(tmp_path / name, 2), make_arrays(2))
 
 
+def test_a_link_that_somebody_tidies_away_loses_no_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(checkpoint.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    with Checkpoints(tmp_path / "run[1]", keep=2) as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step)
+            checkpoints.wait()
+            (link,) = (tmp_path / "tmp").iterdir()
+            link.unlink()
+    assert steps(tmp_path / "run[1]") == [1, 2] and not (tmp_path / "tmp" / "2").exists()
+    link.mkdir()
+    with pytest.raises(UserError, match=f"{link.name} is not our link to"):
+        restore(tmp_path / "run[1]", 2)
+
+
 @pytest.mark.parametrize("part", ["manifest.ocdbt", "_METADATA", "d"])
 def test_a_save_that_cannot_be_opened_is_an_error(tmp_path, monkeypatch, part):
     open_metadata = checkpoint.ocp.checkpointables_metadata

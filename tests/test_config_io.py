@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 
 import helpers
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax import config_io
+from gptjax.commands import flags
 from gptjax.config import PRESETS, DataConfig, OptimizerConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
@@ -113,6 +115,28 @@ def test_a_nanogpt_config_is_answered_with_the_command(tmp_path):
                 "eval-batches": "10", "model.n-head": "12", "optimizer.learning-rate": "0.0006",
                 "model.gelu": "erf", "model.bias": "False"}  # fmt: skip
     assert expected.items() <= flags_of.items() and "compile" not in flags_of
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("device = 'cuda:0'", ["--device=gpu"]), ("device = 'mps'", ["--device=auto"]),
+        ("dataset = 'openwebtext'", ["--data.dir=data/openwebtext"]),
+        ("init_from = 'gpt2-xl'", ["convert import gpt2-xl runs/gpt2-xl", "--init-from=runs/gpt2"]),
+        ("batch_size = 'x'", []), ("gradient_accumulation_steps = 0", []),
+    ],
+)  # fmt: skip
+def test_the_command_for_a_nanogpt_config_can_be_read(tmp_path, settings, words):
+    (tmp_path / "nano.py").write_text(f"n_layer = 6\nn_head = 6\nlearning_rate = 1e-3\n{settings}")
+    with pytest.raises(UserError) as caught:
+        config_io.load_config(str(tmp_path / "nano.py"))
+    for word in words:
+        assert word in str(caught.value)
+    command = shlex.split(str(caught.value).partition("here it is: ")[2].partition(", without")[0])
+    argv = [word for word in command if word.startswith("--")]
+    defaults = [TrainConfig(), RuntimeConfig()]
+    named, given, problems = flags.read(defaults, argv, "gptjax train")
+    assert not named and not problems and given["model.n_layer"] == 6
 
 
 def test_a_config_file_keeps_what_it_gives(tmp_path):

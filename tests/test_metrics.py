@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gptjax import metrics
+from gptjax import config_io, metrics
+from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError
 from gptjax.metrics import MetricsLog
 from gptjax.runtime_config import RuntimeConfig
@@ -59,10 +60,15 @@ def test_a_run_that_has_lost_its_checkpoints_is_refused(tmp_path):
     write(log_at(tmp_path), row(10), row(20))
     log_at(tmp_path)  # it may have been killed before the first checkpoint was complete
     write(log_at(tmp_path), row(10), row(20), row(21))
+    content = (tmp_path / "metrics.before.jsonl").read_text()
+    assert [json.loads(line)["step"] for line in content.splitlines()] == [10, 20]
     content = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"trained to step 21, .* but it has no checkpoint"):
         log_at(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == content
+    # The intervals that count are those of the run.
+    config_io.save_run_settings(tmp_path / "config.json", TrainConfig(), RuntimeConfig())
+    log_at(tmp_path)
 
 
 def test_a_step_that_is_to_be_evaluated_again_loses_its_row(tmp_path):

@@ -22,6 +22,18 @@ def test_replace_keeps_what_was_given():
     assert changed.model.given == {"n_layer", "n_head"}
 
 
+def test_replace_takes_a_section_and_a_value_of_it():
+    model = ModelConfig(n_embd=24, n_head=2)
+    changed = TrainConfig().replace({"model.n_layer": 4}, model=model)
+    assert changed.model == ModelConfig(4, 2, 24)
+
+
+@pytest.mark.parametrize("name", ["modle.n_layer", "n_layer", "seed.x", "model.n_layr"])
+def test_replace_names_what_it_does_not_know(name):
+    with pytest.raises(ConfigError, match=f"unknown setting {name}"):
+        TrainConfig().replace({name: 4})
+
+
 def test_replace_names_all_that_is_out_of_range():
     with pytest.raises(ConfigError) as caught:
         TrainConfig().replace({"model.n_layer": -1, "seed": -2, "data.val_fraction": 2.0})

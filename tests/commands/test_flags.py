@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gptjax import config_io
 from gptjax.commands import flags
+from gptjax.commands.convert import ExportFlags
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.errors import UserError
 from gptjax.runtime_config import RuntimeConfig
@@ -79,6 +80,12 @@ def test_a_file_or_a_config_may_follow_a_boolean_flag(tmp_path, monkeypatch, wor
     (tmp_path / "file").touch()
     found = flags.read(DEFAULTS, ["--dry-run", word], "gptjax train", "[CONFIG]")
     assert found == ([word], {"dry_run": True}, [])
+
+
+def test_an_argument_may_follow_a_boolean_flag():
+    argv = ["run", "--keep-padding", "out"]
+    found = flags.read([ExportFlags()], argv, "gptjax convert export", "RUN FOLDER")
+    assert found == (["run", "out"], {"keep_padding": True}, [])
 
 
 VALUES = {int: st.integers(-(2**40), 2**40), float: st.floats(allow_nan=False), str: st.text()}

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from gptjax import run
+from gptjax.commands import generate
 from gptjax.errors import UserError
 
 
@@ -92,6 +93,10 @@ def test_bad_input_is_named(moved, gptjax, tmp_path, argv, words):
         gptjax("generate", moved, *argv)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_line_ends_tabs_and_backslashes_are_spelled_as_in_c():
+    assert generate.unescape(r"a\nb\t\\n \x") == "a\nb\t\\n \\x"
 
 
 def test_a_stop_text_is_not_taken_for_the_run(moved, gptjax):

@@ -68,18 +68,20 @@ def test_what_is_left_out_of_a_folder_is_counted(tmp_path):
         "e.json": '{"text": "v"}\n{"text": "w"}', ".hidden.txt": "h",
         ".ipynb_checkpoints/a.txt": "h", "empty.txt": "", "notes.py": "", "code.py": "x = 1",
         "settings.json": '{"a": 1}', "run/config.json": "{}", "run/metrics.jsonl": "{}",
-        "run/checkpoints/20.json": '{"text": "no"}', "README": "x",
+        "run/checkpoints/20.json": '{"text": "no"}', "run/checkpoints/20/d/c.txt": "no",
+        "checkpoints/mine.txt": "t", "README": "x",
     }  # fmt: skip
     for name, content in contents.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(content)
     found, left_out = corpus.find(str(tmp_path))
-    assert [path.name for path in found] == ["a.txt", "b.TXT", "c.jsonl", "d.json", "e.json"]
-    assert left_out == {"hidden": 2, "empty": 2, "of a run": 3, ".py": 1, ".json": 1,
+    assert [path.name for path in found] == ["a.txt", "b.TXT", "c.jsonl", "mine.txt", "d.json",
+                                               "e.json"]  # fmt: skip
+    assert left_out == {"hidden": 2, "empty": 2, "of a run": 4, ".py": 1, ".json": 1,
                         "without an ending": 1}  # fmt: skip
     said = corpus.describe(found, left_out)
-    assert said.startswith("files read: 2 as text, 2 as JSON lines, 1 as a JSON array; left out: 3")
-    assert texts(*found) == ["x", "y", "z", "u", "v", "w"]
+    assert said.startswith("files read: 3 as text, 2 as JSON lines, 1 as a JSON array; left out: 4")
+    assert texts(*found) == ["x", "y", "z", "t", "u", "v", "w"]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,20 @@ def test_json_is_recognised_under_any_name(tmp_path, name, content):
     assert texts(tmp_path / name) == ["a", "b"]
 
 
-@pytest.mark.parametrize("content", ['{"a": 1}', "{text", "[1, 2]", '"text"', "{", "[" * 10**6])
+def test_a_long_first_line_is_json_all_the_same(tmp_path):
+    (tmp_path / "t").write_text(json.dumps({"text": "x" * (2 << 20)}))
+    assert texts(tmp_path / "t") == ["x" * (2 << 20)]
+
+
+def test_json_of_another_shape_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text('{\n "text": "x"\n}')
+    with pytest.raises(UserError, match="neither an array of objects with a string `text` nor"):
+        corpus.find_files(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"text": "a"}\nprose', '{"a": 1}', "{text", "[1, 2]", '"text"', "{", "[" * 10**6]
+)
 def test_text_that_only_looks_like_json_stays_text(tmp_path, content):
     (tmp_path / "t.txt").write_text(content)
     assert texts(tmp_path / "t.txt") == [content]

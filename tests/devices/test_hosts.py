@@ -51,6 +51,8 @@ def no_variables(monkeypatch):
           "SLURM_STEP_NUM_TASKS": "2"}, False, None),
         ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, False,
          (None, None, None)),
+        ({"JAX_NUM_PROCESSES": "2", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0",
+          "SLURM_STEP_NUM_TASKS": "2"}, False, (None, 2, None)),
         # A shell in an allocation for two tasks, and a step of one task.
         ({"SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}, False, None),
         ({"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0",
