@@ -95,10 +95,10 @@ class Run:
             raise UserError("only one sample can be streamed; leave out num_samples")
         ids = prompt_ids(self.tokenizer, prompt, skip_unknown=skip_unknown)
         eot = None if ignore_end_of_text else self.tokenizer.eot
+        pieces = tokens(self._decoding_params, ids, self.config, settings, stream=stream)
         texts = [
             GrowingText(self.tokenizer, settings.stop, eot) for _ in range(settings.num_samples)
         ]
-        pieces = tokens(self._decoding_params, ids, self.config, settings, stream=stream)
         growing = grow(texts, pieces)
         if stream:
             return (piece for _ in numerics.each(growing) if (piece := texts[0].take()))

@@ -65,15 +65,15 @@ def main(argv: list[str], prog: str) -> None:
         prompt_text = model.tokenizer.decode(prompt.tolist())
     stops = list(map(unescape, given.stop))
     eot = None if given.ignore_end_of_text else model.tokenizer.eot
-    samples = [GrowingText(model.tokenizer, stops, eot) for _ in range(given.num_samples)]
-    made, began = 0, time.perf_counter()
-    if given.stream:
-        print(prompt_text, end="", flush=True)
     # Not `run.generate`: this needs no second copy of the weights, and counts the tokens.
     tokens = run.tokens(
         unstack(model.params, model.config, consume=True), prompt, model.config, given,
         stream=given.stream,
     )  # fmt: skip
+    samples = [GrowingText(model.tokenizer, stops, eot) for _ in range(given.num_samples)]
+    made, began = 0, time.perf_counter()
+    if given.stream:
+        print(prompt_text, end="", flush=True)
     for count in grow(samples, tokens):
         made += count
         if given.stream:
