@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
 from gptjax.errors import UserError
-from gptjax.generation import GrowingText, prompt_ids
+from gptjax.generation import GenerationConfig, GrowingText, grow, prompt_ids
 
 LETTERS = CharTokenizer("\n abcdef")
 BYTES = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
@@ -73,3 +73,17 @@ def test_the_end_of_text_token_ends_it():
     text, pieces = grown(LETTERS, ids, 2, eot=7)
     assert (text, pieces) == ("ab", ["ab", "", "", ""])
     assert grown(LETTERS, ids, 2)[0] == "abfcd"
+
+
+def test_texts_grow_until_all_have_ended_and_then_show_all():
+    texts = [GrowingText(LETTERS, ["abd"]), GrowingText(LETTERS, ["b"])]
+    pieces, seen = [np.stack([LETTERS.encode(letter)] * 2) for letter in "ab"], []
+    for count in grow(texts, pieces):
+        seen.append((count, *(text.take() for text in texts)))
+    assert seen == [(1, "", "a"), (1, "", ""), (0, "ab", "")]
+
+
+@pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_p": 0.0}, {"stop": ("",)}])
+def test_settings_out_of_range_are_named(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        GenerationConfig(**setting)
