@@ -86,7 +86,7 @@ def work(job: Job, environment: dict[str, str], pipe: Connection, log: str) -> N
         name = "ours" if job.side.startswith("gptjax") else "pytorch"
         side = importlib.import_module(f"benchmarks.{name}")
         side.MODES[job.mode](job, Turns(pipe, side.facts))
-    except Exception as error:
+    except Exception as error:  # whatever it is, the process that waits must hear of it
         text = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, ModuleNotFoundError):
             text += "; pip install -r requirements-torch.txt, or --against none"

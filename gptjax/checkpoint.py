@@ -246,7 +246,7 @@ class Checkpoints:
             broken = [n for n in written if not found.get(n) or _shapes(found[n]) != written[n]]
             if step not in self.steps or broken:
                 raise Corrupted(f"{', '.join(broken) or 'the folder'} of step {step} is missing")
-        except Exception as error:
+        except Exception as error:  # of tensorstore, Orbax and the file system
             moved = self.set_aside(step)
             raise Corrupted(
                 f"step {step} cannot be opened again ({first_line(error)}); see {moved}"

@@ -41,8 +41,9 @@ def nanogpt_names(known: Iterable[str]) -> dict[str, str]:
 def from_nanogpt(found: Mapping[Any, Any], known: Iterable[str]) -> dict[str, Any]:
     """{our setting: value} of the globals of nanoGPT's train.py, unchecked; `known` as above."""
     out = {ours: found[name] for name, ours in nanogpt_names(known).items() if name in found}
+    rate = found.get("learning_rate", NANOGPT_TRAINS["learning_rate"])
     if found.get("decay_lr") is False:
-        out |= {"optimizer.min_lr": out.get("optimizer.learning_rate", 6e-4)}
+        out |= {"optimizer.min_lr": rate}
         out |= {"optimizer.warmup_steps": 0}
     # nanoGPT counts micro-batches, in training and in evaluation.
     steps, size, batches = (

@@ -131,23 +131,15 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return _end(141)
-    except MemoryError:
-        return _fail(OUT_OF_MEMORY, 1)
-    except OSError as error:
-        if error.strerror is None:  # not from the system: a bug, ours or a library's
-            _show_bug()
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror}", 1)
-    except RuntimeError as error:
-        if peer_failure.is_peer_failure(error):
+    except Exception as error:
+        if isinstance(error, RuntimeError) and peer_failure.is_peer_failure(error):
             return _fail(peer_failure.MESSAGE, 1)
         if is_out_of_memory(error):
             return _fail(OUT_OF_MEMORY, 1)
-        _show_bug()
-        raise
-    except Exception:
-        _show_bug()
+        if isinstance(error, OSError) and error.strerror is not None:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror}", 1)
+        _show_bug()  # ours, or a library's
         raise
     return 0
 

@@ -200,8 +200,9 @@ def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     elif config.tokenizer == "sentencepiece":
         recipe.append(config.sentencepiece_vocab_size)
     # gptjax 0.1 read as JSON what is called .jsonl, and nothing else.
-    if any((corpus.kind(p) == "text") == (p.suffix == ".jsonl") for p in paths):
-        recipe.append([corpus.kind(p) for p in paths])
+    kinds = [corpus.kind(path) for path in paths]
+    if any((how == "text") == (p.suffix == ".jsonl") for how, p in zip(kinds, paths, strict=True)):
+        recipe.append(kinds)
     if config.end_of_text:
         recipe.append(config.end_of_text)
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
