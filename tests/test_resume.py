@@ -292,7 +292,9 @@ FIRST_EDITION_VALIDATION = 2.887993183060597
 def first_edition(tmp_path):
     """A run of 40 steps of `helpers.TEXT` that gptjax 0.1 trained."""
     with tarfile.open(Path(__file__).parent / "data" / "first_edition_run.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        # Python before 3.11.4 has no filters.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(tmp_path)
     return tmp_path / "tiny"
 
 
