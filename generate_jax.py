@@ -3,7 +3,10 @@
 
 import sys
 
-from gptjax.commands import generate, main
+from gptjax import program
 
 if __name__ == "__main__":
+    program.end_on_interrupt()
+    from gptjax.commands import generate, main
+
     sys.exit(main.run(generate.main, "python generate_jax.py"))

@@ -6,7 +6,10 @@ exists. A run that exists is resumed.
 
 import sys
 
-from gptjax.commands import main, train
+from gptjax import program
 
 if __name__ == "__main__":
+    program.end_on_interrupt()
+    from gptjax.commands import main, train
+
     sys.exit(main.run(train.main, "python train_jax.py"))

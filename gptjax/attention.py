@@ -36,6 +36,7 @@ def choose(
             config.head_size > 128 or config.head_size % 8 != 0,
             "cuDNN needs a head size that is a multiple of 8 up to 128",
         ),
+        (config.block_size % 2 != 0, "cuDNN needs an even block_size"),
         (train and config.dropout > 0, "cuDNN cannot apply our attention dropout"),
         ("banded" in config.attention_pattern, "cuDNN needs one window for all layers"),
     ]

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -94,12 +95,16 @@ class Checkpoints:
     @property
     def _orbax_directory(self) -> Path:
         """`directory`, by a name that Orbax can stand: it takes the path of what it has written for
-        a pattern, in which it finds nothing where the path has one of these characters.
+        a pattern, in which it finds nothing where the path has one of these characters; and its C++
+        code takes UTF-8, whatever the locale.
 
         Raises:
             UserError: there is something else of that name.
         """
-        if files.is_remote(self.directory) or not re.search(r"[][*?\\]", str(self.directory)):
+        if files.is_remote(self.directory):
+            return self.directory
+        name = str(self.directory)
+        if _is_utf8(name) and not re.search(r"[][*?\\]", name):
             return self.directory
         digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
         # The same name on all hosts. Made anew where somebody has tidied up there.
@@ -343,12 +348,33 @@ class Checkpoints:
         return loaded
 
 
+def _is_utf8(name: str) -> bool:
+    """Whether the bytes of this path are those that C++ code is given."""
+    try:
+        return name.encode() == os.fsencode(name)
+    except UnicodeEncodeError:  # bytes that are no characters
+        return False
+
+
 def _say_errors_once() -> None:
     """Orbax logs the traceback of a failed save or load, and raises it then; and it leaves reads
     behind that nobody waits for any more, which Python reports when they are collected."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_orbaxs)  # adds it once
+    if not isinstance(sys.unraisablehook, _UnraisableHook):
+        sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+class _UnraisableHook:
+    """Passes on what no code could raise, but for a read that ends after the load that failed."""
+
+    def __init__(self, before: Any):
+        self._before = before
+
+    def __call__(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._before(unraisable)
 
 
 def _is_not_orbaxs(record: logging.LogRecord) -> bool:

@@ -6,25 +6,37 @@ renaming, no lock and no empty folder; a file appears whole.
 
 import contextlib
 import fcntl
+import functools
 import glob
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
+import socket
+import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from gptjax.errors import UserError, first_line
+
+LONGEST_TEXT = 1 << 30
+"""Bytes of a file that is read whole (a device would never end)."""
+
+CONNECT_SECONDS = 10
+"""For a bucket's server to answer."""
 
 
 def path(name: str) -> Path:
     """The path that a user means by `name`: ~ is the home directory; gs://BUCKET/... becomes an
-    `epath.Path`, which is used like a Path. Raises UserError for another scheme, for gs:// without
-    the package that it takes, and for a ~ of nobody."""
-    scheme = re.match(r"([a-zA-Z][\w+.-]+)://", name)
+    `epath.Path`, which is used like a Path. Raises UserError for another scheme, for a bucket that
+    cannot be used or without the package that it takes, and for a ~ of nobody."""
+    scheme = re.match(r"([a-zA-Z][\w+.-]+)://([^/]*)", name)
     if scheme is None:
         try:
             return Path(name).expanduser() if name.startswith("~") else Path(name)
@@ -32,14 +44,37 @@ def path(name: str) -> Path:
             raise UserError(f"{name}: there is no such home directory") from None
     if scheme[1] != "gs":
         raise UserError(f"{name}: {scheme[1]}:// is not supported; use a folder or gs://BUCKET/...")
+    if not scheme[2]:
+        raise UserError(f"{name} names no bucket; expected gs://BUCKET/...")
     if not importlib.util.find_spec("gcsfs"):
         raise UserError(f"{name}: gs:// needs the package gcsfs; pip install gcsfs")
-    import fsspec  # optional: it comes with gcsfs
+    _reach(scheme[2])
     from etils import epath
+
+    return epath.Path(name)
+
+
+@functools.cache
+def _reach(bucket: str) -> None:
+    """UserError: it cannot be used. gcsfs tries for minutes, and takes any failure for "there is no
+    such file"; so it is asked for one name in the bucket, once a server is known to answer."""
+    import fsspec  # optional: it comes with gcsfs
 
     # Ask for a listing each time: other processes write there too.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return epath.Path(name)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises too
+    server = urlsplit(os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com")
+    try:
+        if not urllib.request.getproxies():
+            port = server.port or {"http": 80}.get(server.scheme, 443)
+            socket.create_connection((server.hostname or "", port), CONNECT_SECONDS).close()
+        fsspec.filesystem("gs").call("GET", "b/{}/o", bucket, maxResults="1")
+    except Exception as error:  # of gcsfs, google-auth, aiohttp and the system
+        raise UserError(
+            f"cannot reach gs://{bucket} at {server.netloc}: {first_line(error)}; check the"
+            " network, the bucket's name and your credentials (gcloud auth application-default"
+            " login)"
+        ) from None
 
 
 def is_remote(path: Path) -> bool:
@@ -60,7 +95,7 @@ def cache_dir() -> Path:
 def write_atomic(path: Path, text: str) -> None:
     """Write `text`, all at once: a kill leaves the old file or the new one. Raises OSError."""
     if is_remote(path):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("w", encoding="utf-8") as file:
@@ -70,15 +105,47 @@ def write_atomic(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def read_text(path: Path) -> str:
-    """What a file says, without a byte order mark. Raises UserError if it cannot be read, or is not
-    UTF-8."""
+def read_text(path: Path, name: str = "") -> str:
+    """What a file says, as `decode`. `name`: for messages; "": its path. Raises UserError if it
+    cannot be read, is too large, or is no text."""
+    name = name or str(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(LONGEST_TEXT + 1)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"cannot read {path}: it is not UTF-8") from None
+        raise UserError(f"cannot read {name}: {error.strerror or first_line(error)}") from None
+    return decode(content, name)
+
+
+def read_stdin(name: str) -> str:
+    """What standard input says, as `read_text`."""
+    if sys.stdin is None:
+        raise UserError(f"cannot read {name}: standard input is closed")
+    try:
+        return decode(sys.stdin.buffer.read(LONGEST_TEXT + 1), name)
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from None
+
+
+def decode(content: bytes, name: str) -> str:
+    """A text in UTF-8, without the byte order mark that it may begin with; its line ends stay as
+    they are. Raises UserError, which calls it `name`."""
+    if len(content) > LONGEST_TEXT:
+        raise UserError(f"{name} is larger than {LONGEST_TEXT:,} bytes, or never ends")
+    if (nul := content.find(b"\0")) >= 0:  # UTF-8 has it, texts have not
+        raise not_utf8(name, 0, nul)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(name, content[error.start], error.start) from None
+
+
+def not_utf8(name: str, byte: int, at: int) -> UserError:
+    """For a text that is none."""
+    return UserError(
+        f"{name} is not UTF-8 text (byte 0x{byte:02x} at {at}); convert it, for instance with"
+        " iconv, or leave it out if it is binary"
+    )
 
 
 def read_json(path: Path) -> Any:

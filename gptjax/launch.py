@@ -35,7 +35,7 @@ def train(
     Args:
         tokenizer: that of the weights which the run starts from or resumes; None: the text's.
         stop: the signal on which this host shall stop and save, 0 while there is none.
-        console: for the progress of preparing the data; None: quiet.
+        console: for what is done before training begins; None: quiet.
 
     Returns:
         The trainer, done or `stopped_by` a signal; None after a dry run.
@@ -49,7 +49,9 @@ def train(
     for folder in (run_dir, run_dir / "checkpoints"):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
-    start_devices(config, runtime)
+    console = console or Console(quiet=True)
+    with console.status("starting the devices"):
+        start_devices(config, runtime)
     # Not saved: hosts find each other again when the run is resumed.
     runtime = runtime.replace(distributed=DistributedConfig())
     runtime.divide_batch(config, setup.device_count())
@@ -64,14 +66,14 @@ def train(
         model = config.model.replace(vocab_size=vocab_size)
         memory.dry_run(config.replace(model=model), runtime)
         return None
-    config, dataset = open_data(config, tokenizer, console or Console(quiet=True))
+    config, dataset = open_data(config, tokenizer, console)
     if runtime.dry_run:
         memory.dry_run(config, runtime)
         return None
     memory.refuse_too_large(config, runtime)
     try:
         with contextlib.closing(_lock(run_dir, config, runtime, dataset)):
-            return _train_in(run_dir, config, runtime, dataset, callbacks, stop)
+            return _train_in(run_dir, config, runtime, dataset, callbacks, stop, console)
     except OSError as error:
         raise RunError(f"{error.filename or run_dir}: {error.strerror or error}") from error
 
@@ -176,10 +178,12 @@ def _train_in(
     dataset: Dataset,
     callbacks: Sequence[Callback],
     stop: Callable[[], int],
+    console: Console,
 ) -> Trainer:
     callbacks = [*callbacks, _SavedSettings()]
     with Checkpoints(run_dir, runtime.keep_checkpoints, runtime.keep_every) as checkpoints:
-        trainer = Trainer(config, runtime, dataset, checkpoints, callbacks, stop)
+        with console.status("making or loading the model"):
+            trainer = Trainer(config, runtime, dataset, checkpoints, callbacks, stop)
         trainer.fit()
     return trainer
 

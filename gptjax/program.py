@@ -1,6 +1,7 @@
 """How this program was called, for the commands that it prints (each must run as printed), and the
 signals that stop it."""
 
+import os
 import shlex
 import signal
 import sys
@@ -20,4 +21,21 @@ def command(name: str, *arguments: object) -> str:
         start = ["gptjax", name]
     elif called.name in ("train_jax.py", "generate_jax.py") and script.is_file():
         start = ["python", str(script)]
-    return shlex.join([*start, *map(str, arguments)])
+    return " ".join(map(_quoted, [*start, *map(str, arguments)]))
+
+
+def _quoted(argument: str) -> str:
+    """For a shell; what cannot be printed as bash spells it."""
+    if argument.isprintable():  # lone surrogates, which stand for bytes that are no text, are not
+        return shlex.quote(argument)
+    spelled = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}"
+        for byte in os.fsencode(argument)
+    )
+    return f"$'{''.join(spelled)}'"
+
+
+def end_on_interrupt() -> None:
+    """Ctrl-C just ends the process, while it imports what answers it."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -127,7 +127,7 @@ def load_checkpoint(
                 print(f"warning: {problem}; using step {step} instead", file=sys.stderr)
             return Loaded(step, metadata, **found)
         assert problem is not None
-        raise problem
+        raise _advised(problem)
 
 
 def newest_metadata(run_dir: Path) -> CheckpointMetadata | None:
@@ -145,5 +145,12 @@ def newest_metadata(run_dir: Path) -> CheckpointMetadata | None:
         except Corrupted as error:
             problem = problem or error
     if problem:
-        raise problem
+        raise _advised(problem)
     return None
+
+
+def _advised(problem: Corrupted) -> Corrupted:
+    return Corrupted(
+        f"{problem}; no checkpoint there is whole: bring the run back from a copy, or train anew in"
+        " another --run-dir"
+    )

@@ -19,7 +19,7 @@ from gptjax.data import tokenizers
 from gptjax.data.batches import batch_at, check_ids, windows_over
 from gptjax.data.token_files import Dataset
 from gptjax.decode_layout import unstack
-from gptjax.devices import hosts, setup
+from gptjax.devices import hosts, memory, setup
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import RunError, UserError
 from gptjax.evaluation import window_loss
@@ -38,6 +38,13 @@ class Callback:
 
     def on_start(self, trainer: "Trainer") -> None:
         """The state is initialised or restored; no step has been taken yet."""
+
+    def on_phase(self, trainer: "Trainer", phase: str) -> None:
+        """Something other than a step begins that may take a while: "compiling the training step",
+        "evaluating", ..."""
+
+    def on_note(self, trainer: "Trainer", text: str) -> None:
+        """Something that the user should know."""
 
     def on_step(self, trainer: "Trainer", row: Row) -> None:
         """A step is done, and evaluated if that was due. (Unless it was, the devices are working on
@@ -209,6 +216,7 @@ class Trainer:
 
     def _evaluate_untrained(self) -> None:
         with self.clock.paused():
+            self._call("on_phase", "evaluating the untrained model")
             loss = self.evaluate(self.start.eval_windows)
         if loss is None:
             self.stopped_by = self._signal()
@@ -243,8 +251,12 @@ class Trainer:
         this process, which is compiled."""
         first = step == self.start.step + 1
         with self.clock.paused() if first else contextlib.nullcontext():
-            began = time.perf_counter()
-            batch = self.batch(step - 1)
+            began, batch = time.perf_counter(), self.batch(step - 1)
+            if first:
+                self._call("on_phase", "compiling the training step")
+                program = self._train_step.compile(self.state, batch)
+                if warning := memory.shortage(memory.of_program(program), self.runtime):
+                    self._call("on_note", warning)
             self.state, metrics = self._train_step(self.state, batch, self.stop())
             if first:
                 hosts.fetch(metrics)
@@ -277,6 +289,7 @@ class Trainer:
         if saved or self._evaluates_at(step):
             if not stop:
                 with self.clock.paused():
+                    self._call("on_phase", "evaluating")
                     loss = self.evaluate(self.start.eval_windows)
             if loss is None:  # the evaluation is made up for when the run is resumed
                 unfinished, stop = dict(row), stop or self._signal()

@@ -33,6 +33,7 @@ for _number in (signal.SIGINT, signal.SIGHUP):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="how often the soak test kills its run")
+    parser.addoption("--command-lines", type=int, default=40, help="how many odd ones are tried")
     parser.addoption("--soak-seed", type=int, default=0, help="of the moments when it does")
 
 

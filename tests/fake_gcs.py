@@ -33,6 +33,8 @@ class FakeGcs(ThreadingHTTPServer):
         self.count = 0
         self.refuse: str | None = None
         """Writes of objects whose name matches this regular expression are forbidden."""
+        self.forbidden = ""
+        """This bucket may not be listed."""
         self.stall: str | None = None
         """Those that match this one get no answer; `stalled` tells that one came."""
         self.stalled = threading.Event()
@@ -104,6 +106,8 @@ class FakeGcs(ThreadingHTTPServer):
         url = urlsplit(target)
         path, query = url.path, dict(parse_qsl(url.query))
         if match := re.fullmatch("/storage/v1/b/([^/]+)(/o)?", path):
+            if match[1] == self.forbidden:
+                raise _Refused(403, "forbidden")
             return 200, self.list(match[1], query) if match[2] else {"name": match[1]}, {}
         if match := re.fullmatch(f"{_OBJECT}/(rewriteTo|moveTo)(?:/b/([^/]+))?/o/([^/]+)", path):
             bucket, name, verb, other, new = (unquote(group or "") for group in match.groups())

@@ -86,6 +86,7 @@ FITS = ModelConfig(2, 2, 128, vocab_size=9, dtype="bfloat16", dropout=0.1)
         ({"dtype": "float32"}, device(), False, "bfloat16"),
         ({"n_embd": 264}, device(), False, "head size"),
         ({"n_embd": 24}, device(), False, "head size"),
+        ({"block_size": 333}, device(), False, "even block_size"),
         ({"attention_pattern": ("dense", "banded")}, device(), False, "one window"),
     ],
 )

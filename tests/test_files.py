@@ -1,8 +1,13 @@
 """Files and folders, on a disk and in a bucket (a server on this machine stands in for it)."""
 
+import io
 import json
 import os
 import re
+import socket
+import sys
+import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +35,65 @@ def test_only_buckets_of_google_are_known(monkeypatch):
     monkeypatch.setattr(files.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install gcsfs"):
         files.path("gs://bucket/run")
+
+
+@pytest.mark.parametrize("name", ["gs://", "gs:///run"])
+def test_a_bucket_has_a_name(name):
+    with pytest.raises(UserError, match=f"{name} names no bucket; expected gs://BUCKET/"):
+        files.path(name)
+
+
+def test_a_bucket_out_of_reach_is_told_at_once(monkeypatch):
+    with socket.socket() as nobody:  # bound, but it does not listen
+        nobody.bind(("127.0.0.1", 0))
+        server = f"127.0.0.1:{nobody.getsockname()[1]}"
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://{server}")
+        began = time.monotonic()
+        with pytest.raises(UserError, match=rf"cannot reach gs://far at {server}: .*refused"):
+            files.path("gs://far/run")
+    assert time.monotonic() - began < 20
+
+
+def test_a_bucket_that_is_forbidden_is_told_so(monkeypatch):
+    with FakeGcs() as gcs:
+        for name, value in gcs.environment.items():
+            monkeypatch.setenv(name, value)
+        gcs.forbidden = "secret"
+        with pytest.raises(UserError, match=r"cannot reach gs://secret at .*: Forbidden"):
+            files.path("gs://secret/run")
+        assert files.path("gs://open/run").name == "run"
+
+
+def test_a_text_is_decoded_by_one_rule(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    for content, text in [
+        (b"\xef\xbb\xbfa\r\nb\rc\n", "a\r\nb\rc\n"),  # no mark at the start; line ends stay
+        ("ä☃".encode(), "ä☃"),
+        (b"", ""),
+    ]:
+        path.write_bytes(content)
+        assert files.read_text(path) == text
+        stdin = types.SimpleNamespace(buffer=io.BytesIO(content))
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert files.read_stdin("it") == text
+    for content, why in [
+        (b"ab\xff", "byte 0xff at 2"),
+        ("ab".encode("utf-16"), "byte 0x00 at 3"),
+        (b"a\0", "byte 0x00 at 1"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"text is not UTF-8 text .{why}"):
+            files.read_text(path)
+
+
+def test_what_never_ends_is_refused(monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_TEXT", 1000)
+    with pytest.raises(UserError, match="/dev/zero is larger than 1,000 bytes, or never ends"):
+        files.read_text(Path("/dev/zero"))
+    with open("/dev/zero", "rb") as zeros:
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=zeros))
+        with pytest.raises(UserError, match="it is larger than"):
+            files.read_stdin("it")
 
 
 def test_a_user_without_a_home_has_a_cache_and_a_clear_error(monkeypatch):

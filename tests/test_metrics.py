@@ -109,7 +109,7 @@ def test_a_file_that_is_none_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*metrics.jsonl: No such file"):
         metrics.read(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(UserError, match=r"cannot read .*metrics.jsonl: it is not UTF-8"):
+    with pytest.raises(UserError, match=r"metrics.jsonl is not UTF-8 text"):
         metrics.read(tmp_path / "metrics.jsonl")
 
 

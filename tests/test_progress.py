@@ -1,5 +1,7 @@
 """What a run shows, to a terminal and to a file."""
 
+import io
+import re
 import sys
 import types
 
@@ -78,12 +80,10 @@ def test_outside_a_terminal_progress_is_plain_lines(display, capsys, monkeypatch
     display.on_evaluate(trainer, {"step": 70, "val_loss": 2.0}, False)
     assert capsys.readouterr().out.splitlines() == [
         "compiled and took the first step in 2.3 s",
-        "step 1/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25 | 1,000 tokens/s | MFU unknown"
-        " | 16s left",
-        "step 50/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25 | 100 tokens/s"
-        f" | MFU {100 * flops / 1e9:.1%} | 1m20s left",
-        "step 51/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25 | - tokens/s | MFU unknown"
-        " | - left",
+        "step 1/100 | loss 1.5000 | 1,000 tokens/s | 16s left | lr 1.00e-03 | grad norm 0.25",
+        "step 50/100 | loss 1.5000 | 100 tokens/s | 1m20s left | lr 1.00e-03 | grad norm 0.25"
+        f" | MFU {100 * flops / 1e9:.1%}",
+        "step 51/100 | loss 1.5000 | lr 1.00e-03 | grad norm 0.25",
         "step 60: validation loss 1.2346 (best)",
         "step 70: validation loss 2.0000",
     ]
@@ -103,14 +103,141 @@ def test_other_hosts_show_nothing(display, capsys, monkeypatch):
     assert not capsys.readouterr().out
 
 
-def test_a_terminal_gets_one_live_line(display, capsys, monkeypatch):
+@pytest.fixture
+def terminal(monkeypatch):
+    """Of a width; what it has been shown, as a person sees it in the end."""
     monkeypatch.setattr(Console, "is_terminal", True)
+
+    def of(columns):
+        monkeypatch.setenv("COLUMNS", str(columns))
+
+    return of
+
+
+def live_line(display, columns):
+    """As it would be drawn now."""
+    console = Console(width=columns, file=io.StringIO(), color_system=None)
+    console.print(display._line)
+    return console.file.getvalue().rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        (120, "step 10/100 | loss 1.5000 | val loss 2.3457 | 1,000 tokens/s | 14s left"
+         " | lr 1.00e-03 | grad norm 0.25"),
+        (80, "step 10/100 | loss 1.5000 | val loss 2.3457 | 1,000 tokens/s | 14s left"),
+        (50, "10/100 loss 1.5000 val 2.3457 1.00k tok/s 14s left"),
+        (49, "10/100 loss 1.5000 val 2.3457 1.00k tok/s"),
+        (30, "10/100 loss 1.5000 val 2.3457"),
+        (3, "10/"),
+    ],
+)  # fmt: skip
+def test_the_live_line_keeps_what_matters_most(display, terminal, columns, text):
+    terminal(columns)
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.on_step(trainer, row(5))
+    display.on_evaluate(trainer, {"step": 5, "val_loss": 2.34567}, True)
+    display.on_step(trainer, row(10))
+    line = live_line(display, columns)
+    assert len(line) <= columns and line.rstrip("━╸╺ ") == text
+    assert ("━" in line) == (columns - len(text) > progress.LEAST_BAR)
+
+
+def test_the_live_line_says_what_is_being_done(display, terminal):
+    terminal(80)
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.on_phase(trainer, "compiling the training step")
+    assert live_line(display, 80).startswith("step 0/100 | compiling the training step ")
+    display._line._began -= 75
+    assert live_line(display, 80).startswith("step 0/100 | compiling the training step (1m15s) ")
+    display.on_step(trainer, {"step": 1, "train_loss": 1.0})
+    assert live_line(display, 80).startswith("step 1/100 ╸ ")
+    display.on_step(trainer, row(2))
+    display.on_step(trainer, {"step": 3, "train_loss": 1.0})  # the numbers are those of step 2
+    assert live_line(display, 80).startswith("step 3/100 | loss 1.5000 | 1,000 tokens/s")
+
+
+def test_what_takes_long_is_named_outside_a_terminal(display, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SILENCE_SECONDS", 0.01)
+    trainer = trainer_at()
+    display.on_start(trainer)
+    capsys.readouterr()
+    display.on_phase(trainer, "evaluating")
+    display._timer.join(10)
+    assert capsys.readouterr().out == "evaluating ...\n"
+    monkeypatch.setattr(progress, "SILENCE_SECONDS", 60)
+    display.on_phase(trainer, "evaluating")
+    timer = display._timer
+    display.on_step(trainer, row(1))
+    assert timer.finished.is_set() and display._timer is None  # called off
+
+
+@pytest.mark.parametrize("columns", [50, 80, 120])
+def test_what_stays_on_a_terminal_fits_it(display, terminal, capsys, monkeypatch, columns):
+    terminal(columns)
+    monkeypatch.setattr(progress, "SCROLLBACK_SECONDS", 0.0)
+    trainer = trainer_at(notes=["note: " + "some words " * 30])
+    trainer.sample = lambda: "a line of the sample, " * 9 + "\n  indented"
+    display.on_start(trainer)
+    display.on_step(trainer, row(10))
+    Samples(display).on_evaluate(trainer, {"step": 50}, False)
+    display.on_end(trainer)
+    out = capsys.readouterr().out
+    assert "\x1b[?25h" in out  # the cursor is shown again
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out).replace("\r", "\n").split("\n")
+    assert max(map(len, lines)) <= columns
+    assert "  indented" in lines  # as it is
+    words = "a line of the sample, " * 9
+    at = lines.index("sample after step 50:") + 1
+    rest = " ".join(lines[at : lines.index("  indented")])
+    assert rest.split() == words.split()  # none is broken
+
+
+def test_losses_stay_on_a_terminal_at_a_readable_pace(display, terminal, capsys, monkeypatch):
+    terminal(120)
+    clock = iter([0.0, 3.0, 9.9, 10.1, 20.0, 20.2])
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.close()  # only what stays
+    capsys.readouterr()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 0.0)
+    stayed = []
+    for step in range(1, 7):
+        monkeypatch.setattr(progress.time, "monotonic", lambda now=next(clock): now)
+        display.on_step(trainer, row(step))
+        stayed += [step] * ("loss" in capsys.readouterr().out)
+    assert stayed == [1, 4, 6]
+
+
+def test_a_command_to_copy_is_not_cut(display, terminal, capsys):
+    terminal(20)
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.close()
+    capsys.readouterr()
+    Samples(display).on_end(trainer)
+    assert capsys.readouterr().out.endswith("--run-dir 'a run' --num-samples 3\n")
+
+
+def test_output_that_cannot_be_written_is_told_once(display, capsys, monkeypatch):
+    class Full:
+        encoding = "utf-8"
+
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+        flush = isatty = lambda self: None
+
+    monkeypatch.setattr(sys, "stdout", Full())
     trainer = trainer_at()
     display.on_start(trainer)
     display.on_step(trainer, row(10))
     display.on_end(trainer)
-    out = capsys.readouterr().out
-    assert "step 10/100 | loss 1.5000" in out and "\x1b[?25h" in out  # the cursor is shown again
+    note = "note: cannot print (No space left on device); going on\n"
+    assert capsys.readouterr().err == note
 
 
 def test_nobody_reading_is_no_reason_to_stop(display, monkeypatch):
@@ -135,10 +262,10 @@ def test_samples_follow_evaluations_and_the_end(display, capsys):
     capsys.readouterr()
     for step in (0, 50, 100):  # not of the untrained model, nor twice of the last one
         samples.on_evaluate(trainer, {"step": step, "val_loss": 1.0}, False)
-    assert capsys.readouterr().out == "[red]hello\n"
+    assert capsys.readouterr().out == "\nsample after step 50:\n[red]hello\n\n"
     samples.on_end(trainer)
     out = capsys.readouterr().out
-    assert "a sample:\n[red]hello\n" in out
+    assert "sample after step 100:\n[red]hello\n" in out
     assert out.rstrip().endswith("generate --run-dir 'a run' --num-samples 3")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import tyro
 
-from gptjax import config_io, first_edition, other_names, settings
+from gptjax import config_io, files, first_edition, other_names, settings
 from gptjax.errors import ConfigError, UserError
 
 F = TypeVar("F")
@@ -123,6 +123,12 @@ def apply(
     if problems:
         raise UserError(f"{'; '.join(problems)} (all flags: {prog} --help)")
     return out
+
+
+def text(flag: str, value: str) -> str:
+    """A flag's value as text: where the locale is not UTF-8, or the bytes are not, Python has made
+    other characters of them. Raises UserError if they are no UTF-8."""
+    return files.decode(os.fsencode(value), flag)
 
 
 def show_help(defaults: Sequence[Any], prog: str, positional: str = "") -> None:

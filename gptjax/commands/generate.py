@@ -63,7 +63,7 @@ def main(argv: list[str], prog: str) -> None:
         raise UserError(f"{error}{hint}") from None
     if prompt_text is None:
         prompt_text = model.tokenizer.decode(prompt.tolist())
-    stops = list(map(unescape, given.stop))
+    stops = [unescape(flags.text("--stop", text)) for text in given.stop]
     eot = None if given.ignore_end_of_text else model.tokenizer.eot
     # Not `run.generate`: this needs no second copy of the weights, and counts the tokens.
     tokens = run.tokens(
@@ -99,17 +99,7 @@ def read_prompt(given: GenerateFlags) -> str | None:
         UserError: it cannot be read, or is not UTF-8.
     """
     name = given.prompt_file
-    try:
-        if name is None:
-            # Arguments that are not UTF-8 come as lone surrogates.
-            text = given.prompt and given.prompt.encode(errors="surrogateescape").decode()
-            return text and unescape(text)
-        if name == "-" and sys.stdin is None:
-            raise UserError("--prompt-file -: standard input is closed")
-        content = sys.stdin.buffer.read() if name == "-" else files.path(name).read_bytes()
-        return content.decode("utf-8-sig")  # as texts are read: without a byte order mark
-    except OSError as error:
-        raise UserError(f"cannot read --prompt-file {name}: {error.strerror}") from None
-    except UnicodeError:
-        where = "--prompt" if name is None else f"--prompt-file {name}"
-        raise UserError(f"{where} is not UTF-8 text") from None
+    if name is None:
+        return None if given.prompt is None else unescape(flags.text("--prompt", given.prompt))
+    what = f"--prompt-file {name}"
+    return files.read_stdin(what) if name == "-" else files.read_text(files.path(name), what)

@@ -110,15 +110,16 @@ def saved_settings(run_dir: Path) -> tuple[TrainConfig, RuntimeConfig] | None:
     folder of its data if that is no longer there and can be made again from the text.
 
     Raises:
-        UserError: config.json is damaged.
+        UserError: config.json cannot be read, or is damaged.
     """
     from gptjax import run_metadata  # JAX, see `main`
     from gptjax.data import prepare
 
     path = run_dir / "config.json"
     if path.exists():
+        text = files.read_text(path)
         try:
-            config, runtime = config_io.run_settings(files.read_json(path), str(path))
+            config, runtime = config_io.run_settings(files.parse_json(text, str(path)), str(path))
         except UserError as error:
             raise UserError(
                 f"{error}; repair it, or delete {path} to go on with the settings of the run's"

@@ -57,7 +57,7 @@ def find(source: str | None) -> tuple[list[Path], Counter[str]]:
     path = Path(source) if "://" in source else files.path(source)  # only a disk has texts
     if source in ("builtin", "shakespeare"):
         found = _standard_library() if source == "builtin" else [_shakespeare()]
-    elif path.is_file():
+    elif _is_file(path):
         found = [path]
     else:
         inside = (
@@ -85,6 +85,19 @@ def find(source: str | None) -> tuple[list[Path], Counter[str]]:
                 " (if it is to be read as it is, call it .txt)"
             )
     return sorted(found), left_out
+
+
+def _is_file(path: Path) -> bool:
+    """UserError: it is a pipe or a device, or its name is too long."""
+    try:
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    except OSError as error:
+        raise UserError(f"no text at {path}: {error.strerror}") from None
+    if special:
+        raise UserError(
+            f"{path} is no regular file, and texts are read twice; write it to a file first"
+        )
+    return path.is_file()
 
 
 def _why_not(path: Path, root: Path) -> str:
@@ -234,10 +247,7 @@ def _decode(path: Path) -> Iterator[str]:
                     yield text
             except UnicodeDecodeError as error:
                 at = file.tell() - len(error.object) + error.start
-                raise UserError(
-                    f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {at});"
-                    " convert it, for instance with iconv, or leave it out if it is binary"
-                ) from None
+                raise files.not_utf8(str(path), error.object[error.start], at) from None
 
 
 def _jsonl_texts(path: Path) -> Iterator[str]:

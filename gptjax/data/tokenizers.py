@@ -186,6 +186,8 @@ class SentencePieceTokenizer:
             )
         except (RuntimeError, ValueError) as error:
             reason = re.sub(r"^.*\) \[.*?\] ", "", str(error)).split(" Increase vocab_size")[0]
+            if "insert_id" in str(error):
+                reason = "not even the bytes and the marks are so few"
             raise UserError(
                 f"cannot train a sentencepiece model of {vocab_size} pieces on this text:"
                 f" {reason.strip() or 'there is no text'} (change sentencepiece_vocab_size)"

@@ -122,7 +122,11 @@ class TrainStep:
         parts = (distribute(x, self._accumulation_steps, **options) for x in (windows, rows))
         return Batch(*parts), distribute(self._strategy.signal(stop), **options)
 
-    def compile(self, shapes: Any, rows: int, length: int) -> Any:
+    def compile(self, state: Any, windows: np.ndarray) -> Any:
+        """The program for these arguments, which the first call takes then."""
+        return self._mapped.lower(state, *self._inputs(windows, 0)).compile()
+
+    def compile_for(self, shapes: Any, rows: int, length: int) -> Any:
         """The program for a state of these shapes and a global batch of `rows` windows of `length`
         tokens, without making any array. For a run of one process; the devices may be those of
         many hosts, and need not be there."""

@@ -5,7 +5,7 @@ import functools
 import os
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,6 +18,8 @@ from gptjax.model import compute_dtype
 from gptjax.runtime_config import RuntimeConfig
 
 GIB = 2**30
+
+REMEDIES = "use --remat, more --gradient-accumulation-steps, --strategy fsdp, or more devices"
 
 
 class StepMemory(NamedTuple):
@@ -45,7 +47,11 @@ def step_memory(
         runtime.gradient_accumulation_steps,
     )
     shapes = jax.eval_shape(lambda: train_step.init_state(config))
-    program = step.compile(shapes, config.batch_size, config.model.block_size + 1)
+    return of_program(step.compile_for(shapes, config.batch_size, config.model.block_size + 1))
+
+
+def of_program(program: Any) -> StepMemory:
+    """Of a compiled training step."""
     found = program.memory_analysis()
     # The new state takes the place of the old one.
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -68,6 +74,19 @@ def available(gib: float | None) -> tuple[float, str]:
         free, name = int(known["MemAvailable"].split()[0]) * 1024, "free memory"
     count = jax.local_device_count()
     return free / count, f"this machine's {name}{f' / {count}' if count > 1 else ''}"
+
+
+def shortage(found: StepMemory, runtime: RuntimeConfig) -> str:
+    """A warning, once the state has been made, where the rest may not fit; else ""."""
+    have, source = available(runtime.device_memory)
+    if runtime.device_memory is None and jax.default_backend() == "cpu":
+        have += found.state  # it is not free any more
+    if found.peak <= have:
+        return ""
+    return (
+        f"warning: this may not fit: each device needs up to {_gib(found.peak)} of {_gib(have)}"
+        f" ({source}); {REMEDIES}"
+    )
 
 
 def refuse_too_large(config: TrainConfig, runtime: RuntimeConfig) -> None:
@@ -119,10 +138,7 @@ def dry_run(config: TrainConfig, runtime: RuntimeConfig) -> None:
     )
     of = f"{_gib(found.peak)} of {_gib(have)} ({source})"
     if found.peak > have:
-        raise RunError(
-            f"it does not fit: each device needs {of}; use --remat, more"
-            " --gradient-accumulation-steps, --strategy fsdp, or more devices"
-        )
+        raise RunError(f"it does not fit: each device needs {of}; {REMEDIES}")
     print(f"it fits: each device needs {of}")
 
 

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax import files
 from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import hosts
-from gptjax.errors import UserError, first_line
+from gptjax.errors import UserError
 from gptjax.evaluation import Losses
 from gptjax.sampling import bucket
 
@@ -50,11 +51,7 @@ def read_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
     tokenizer does not know.
     """
     questions = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -306,7 +306,8 @@ def open_comparison(
     if len(tokens) <= length:
         raise UserError(f"{where} has {len(tokens)} tokens; expected more than {length}")
     rates = OptimizerConfig(learning_rate, learning_rate / 10, warmup_steps=10, beta2=0.95)
-    kernel, _ = attention.choose(network, ComputeConfig(), train=True)
+    computed = network.replace(block_size=length)
+    kernel, _ = attention.choose(computed, ComputeConfig(), train=True)
     return Comparison(
         params=loaded.params,
         config=TrainConfig(network, optimizer=rates, batch_size=batch_size, max_steps=steps),

@@ -81,6 +81,7 @@ def test_a_stop_text_ends_the_sample_before_it(moved, gptjax):
          ["seed 4", "top_k 2", "a stop text must not be empty"]),
         (["--num-samples", 10**8], ["100,000,000 samples need", "lower num_samples"]),
         (["--prompt", "now \udcff"], ["--prompt is not UTF-8"]),
+        (["--stop", "now \udcff"], ["--stop is not UTF-8"]),
         (["--checkpoint", "12345"], ["no checkpoint '12345'", "there are: 20, 30"]),
         (["--device", "tpu"], ["JAX finds no tpu here"]),
         (["--tempature", "1"], ["unknown flag --tempature; did you mean --temperature"]),

@@ -2,9 +2,11 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
+import time
 
 import helpers
 import pytest
@@ -30,7 +32,7 @@ def raising(error):
         (RuntimeError("INTERNAL: Out of memory"), 1, "error: out of memory; lower batch_size"),
         (OSError(28, "No space left on device", "a/b"), 1, "error: a/b: No space left on device"),
         (KeyboardInterrupt(), 130, "stopped; nothing is left half done"),
-        (main.Terminated(15), 143, "stopped; nothing is left half done"),
+        (main.Stopped(15), 143, "stopped; nothing is left half done"),
     ],
 )
 def test_a_failure_is_one_line_and_an_exit_code(capsys, monkeypatch, error, code, line):
@@ -95,6 +97,72 @@ def test_module_commands_of_the_first_edition_still_work(command, name):
     first, last = result.stderr.splitlines()
     assert first == f"note: python -m gptjax.{name} is called python -m gptjax {name} now"
     assert last.startswith("error: ")
+
+
+def test_a_full_disk_under_the_output_is_named(command, cache_dir, tmp_path):
+    for arguments in (["--help"], ["train", "--help"], ["train", "--print-config"]):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(
+                [sys.executable, "-m", "gptjax", *arguments], stdout=full, stderr=subprocess.PIPE,
+                env=helpers.command_environment(cache_dir), cwd=tmp_path, text=True,
+            )  # fmt: skip
+        said = "standard output: No space left on device"
+        helpers.assert_one_clear_line(result, said, code=1)
+
+
+def test_a_long_name_is_shortened_in_a_message(command):
+    result = command("-m", "gptjax", "report", "x" * 5000)
+    helpers.assert_one_clear_line(result, "xxx ... xxx", code=result.returncode)
+    assert result.returncode in (1, 2) and len(result.stderr) < 3100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "code"), [((20, 20), 2), ((20, 4096), 0), ((main.OPEN_FILES, main.OPEN_FILES), 0)]
+)
+def test_few_open_files_are_enough_or_refused(tmp_path, cache_dir, text_file, limit, code):
+    flags = [*helpers.TINY, "--max-steps", "20", "--run-dir", "run"]
+    result = subprocess.run(
+        [sys.executable, helpers.TRAIN, *flags], cwd=tmp_path, capture_output=True, text=True,
+        env=helpers.command_environment(cache_dir),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limit),
+    )  # fmt: skip
+    if code:
+        helpers.assert_one_clear_line(result, "may open 20 files at once", "ulimit -n")
+    assert result.returncode == code and not (code == 0 and result.stderr), result.stderr
+    assert (tmp_path / "run").exists() == (code == 0)
+
+
+@pytest.mark.slow
+def test_xlas_alarms_are_not_shown(command):
+    script = (
+        "from gptjax.commands import main\n"
+        "def command(argv, prog):\n"
+        "    import jax, numpy as np\n"
+        "    x, nine, one = np.ones((80, 80, 80), 'f4'), (9, 9, 9), (1, 1, 1)\n"
+        "    f = lambda: jax.lax.reduce_window(x, 0.0, jax.lax.add, nine, one, 'SAME').sum()\n"
+        "    jax.jit(f).lower().compile()\n"
+        "main.run(command, '')"
+    )
+    asked = command("-c", script, TF_CPP_MIN_LOG_LEVEL="0")
+    assert "Constant folding an instruction is taking" in asked.stderr  # there is one
+    assert not command("-c", script).stderr
+
+
+@pytest.mark.slow
+def test_a_stop_at_any_moment_is_heard_and_no_error(tmp_path, cache_dir, text_file):
+    endless = ["--max-steps", "1000000", "--lr-decay-steps", "9", "--eval-interval", "200"]
+    for moment in range(10):
+        number = (signal.SIGINT, signal.SIGTERM)[moment % 2]
+        run_dir = tmp_path / str(moment)
+        flags = [*helpers.TINY, *endless, "--run-dir", run_dir]
+        process = helpers.start(tmp_path, cache_dir, *map(str, flags))
+        # From the imports to the first steps; before that Python itself has not started.
+        time.sleep(0.15 + moment * 0.3)
+        process.send_signal(number)
+        result = helpers.finish(process, timeout=60)
+        assert result.returncode in (128 + number, -number), result.stderr
+        assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_a_run_says_what_it_does_and_how_to_go_on(trained):
     run_dir, out = trained
     for words in (
         "prepared 2", "run        run (new)", "8 x cpu", "attention  xla", "8 x 16 = 128 tokens",
-        "compiled and took the first step in", "step 30/30 | loss", "MFU unknown",
+        "compiled and took the first step in", "step 30/30 | loss", " left | lr ",
         "step 30: validation loss", "(best)", "more samples: ",
     ):  # fmt: skip
         assert words in out

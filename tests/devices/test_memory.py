@@ -1,10 +1,12 @@
 """The memory of a step, before it is run."""
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 from helpers import TRAIN, assert_one_clear_line
 
+import gptjax
 from gptjax.config import PRESETS, ModelConfig, TrainConfig
 from gptjax.devices import memory
 from gptjax.errors import RunError
@@ -61,6 +63,22 @@ def test_a_dry_run_says_whether_each_device_has_enough(capsys):
 def test_the_memory_of_a_cpu_is_shared_by_its_devices():
     size, source = memory.available(None)
     assert 0 < size < 2**50 and source == "this machine's free memory / 8"
+
+
+def test_a_run_that_may_not_fit_is_warned_of(tiny, train_tiny, tmp_path):
+    class Notes(gptjax.Callback):
+        said: ClassVar = []
+
+        def on_note(self, trainer, text):
+            self.said.append(text)
+
+    train_tiny(tiny.config, tmp_path / "fits", callbacks=[Notes()])
+    assert not Notes.said
+    parameters = tiny.config.model.replace(vocab_size=44).num_parameters()
+    little = 2.5 * 12 * parameters / 2**30  # twice the state fits, but no activations
+    train_tiny(tiny.config, tmp_path / "not", callbacks=[Notes()], device_memory=little)
+    (note,) = Notes.said
+    assert note.startswith("warning: this may not fit: each device needs up to 0.00 GiB of 0.00")
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"\n", "is empty"), (b"\xff", "'utf-8' codec can't decode"), (None, "No such file")],
+    [(b"\n", "is empty"), (b"\xff", "is not UTF-8 text"), (None, "No such file")],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, content, words):
     path = tmp_path / "h.jsonl"
