@@ -39,9 +39,11 @@ TINY = (
 
 def command_environment(cache_dir: Path, **more: str) -> dict[str, str]:
     """Of a process that a test starts: on the CPU, with its own cache."""
-    keep = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    ours = {"GPTJAX_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(ROOT)}
-    return keep | ours | {"JAX_PLATFORMS": "cpu"} | more
+    # JAX sets the last one, in the tests' own process.
+    ours = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "TF_CPP_MIN_LOG_LEVEL")
+    keep = {k: v for k, v in os.environ.items() if k not in ours}
+    where = {"GPTJAX_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(ROOT)}
+    return keep | where | {"JAX_PLATFORMS": "cpu"} | more
 
 
 def assert_one_clear_line(result: subprocess.CompletedProcess, *words: str, code: int = 2) -> None:
