@@ -101,7 +101,9 @@ def open_data(
     Raises:
         UserError: there is no such text or set, or it does not fit the model.
     """
-    folder = files.path(config.data.dir) if config.data.dir else prepare.default_dir(config.data)
+    with console.status("finding the text"):  # which may have to be downloaded
+        made = None if config.data.dir else prepare.default_dir(config.data)
+    folder = made or files.path(config.data.dir or "")
     if tokenizer and not config.data.dir and not prepare.is_made_with(folder, tokenizer):
         folder = prepare.default_dir(config.data, tokenizer)
     if not folder.exists():

@@ -73,9 +73,11 @@ class ProgressDisplay(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         visible = setup.is_main_host()
-        # In a notebook plain lines: a live one takes widgets there.
-        self._console = _Console(quiet=not visible, highlight=False, force_jupyter=False)
-        self._is_live = self._console.is_terminal and visible
+        # Not what rich takes for a terminal: a notebook, and any output where FORCE_COLOR is set.
+        self._is_live = visible and sys.stdout.isatty() and not Console().is_jupyter
+        self._console = _Console(
+            quiet=not visible, highlight=False, force_jupyter=False, force_terminal=self._is_live
+        )
         first, last = trainer.start.step, trainer.config.max_steps
         self._line = _LiveLine(first, last)
         self._live = Live(self._line, console=self._console) if self._is_live else None

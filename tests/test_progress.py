@@ -6,6 +6,7 @@ import sys
 import types
 
 import pytest
+import rich.console
 from rich.console import Console
 
 from gptjax import progress
@@ -105,10 +106,10 @@ def test_other_hosts_show_nothing(display, capsys, monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Of a width; what it has been shown, as a person sees it in the end."""
-    monkeypatch.setattr(Console, "is_terminal", True)
+    """Of a width."""
 
     def of(columns):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         monkeypatch.setenv("COLUMNS", str(columns))
 
     return of
@@ -210,6 +211,20 @@ def test_losses_stay_on_a_terminal_at_a_readable_pace(display, terminal, capsys,
         display.on_step(trainer, row(step))
         stayed += [step] * ("loss" in capsys.readouterr().out)
     assert stayed == [1, 4, 6]
+
+
+@pytest.mark.parametrize("where", ["a notebook", "a log in colour"])
+def test_only_a_terminal_gets_a_live_line(display, capsys, monkeypatch, where):
+    if where == "a notebook":  # which says that it is a terminal
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    trainer = trainer_at()
+    display.on_start(trainer)
+    display.on_step(trainer, row(10))
+    display.on_end(trainer)
+    out = capsys.readouterr().out
+    assert "step 10/100 | loss 1.5000 |" in out and "\x1b" not in out
 
 
 def test_a_command_to_copy_is_not_cut(display, terminal, capsys):

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from gptjax import config_io, files
-from gptjax.commands import flags
+from gptjax.commands import flags, terminal
 from gptjax.errors import UserError
 from gptjax.settings import Config
 
@@ -70,7 +70,10 @@ def _import(argv: list[str], prog: str) -> None:
 
     setup.select_platform("cpu")
     options = config_io.to_dict(given)
-    print(convert.import_model(named[0], files.path(named[1]), **options))
+    terminal.status(f"reading {named[0]} ...")
+    made = convert.import_model(named[0], files.path(named[1]), **options)
+    terminal.status("")
+    print(made)
 
 
 def _export(argv: list[str], prog: str) -> None:
@@ -80,4 +83,7 @@ def _export(argv: list[str], prog: str) -> None:
 
     setup.select_platform("cpu")
     folder, options = files.path(named[1]), config_io.to_dict(given)
-    print(convert.export_model(files.path(named[0]), folder, **options))
+    terminal.status(f"writing {folder} ...")
+    made = convert.export_model(files.path(named[0]), folder, **options)
+    terminal.status("")
+    print(made)

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-from rich.console import Console
-
 from gptjax import files, program
-from gptjax.commands import flags
+from gptjax.commands import flags, terminal
 from gptjax.config import DataConfig, TokenizerKind
 from gptjax.data import prepare
 from gptjax.settings import Config
@@ -45,6 +43,8 @@ def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(DataFlags(), argv, prog, "SOURCE")
     config = given.config(named[0])
-    out = files.path(given.out) if given.out else prepare.default_dir(config)
-    prepare.prepare(config, out, Console())
+    console = terminal.console()
+    with console.status("finding the text"):
+        out = files.path(given.out) if given.out else prepare.default_dir(config)
+    prepare.prepare(config, out, console)
     print(f"train on it: {program.command('train', '--data.dir', out)}")

@@ -54,6 +54,7 @@ def main(argv: list[str], prog: str) -> None:
 
     setup.select_platform(given.device)
     setup.use_compilation_cache(files.cache_dir() / "xla")
+    terminal.status(f"loading {run_dir} ...")
     model = run.load(run_dir, given.checkpoint, dtype=given.dtype)
     skip = given.unknown == "skip"
     try:
@@ -72,12 +73,16 @@ def main(argv: list[str], prog: str) -> None:
     )  # fmt: skip
     samples = [GrowingText(model.tokenizer, stops, eot) for _ in range(given.num_samples)]
     made, began = 0, time.perf_counter()
-    if given.stream:
-        print(prompt_text, end="", flush=True)
+    terminal.status("compiling ...")
     for count in grow(samples, tokens):
+        if given.stream and not made:
+            terminal.status("")
+            print(prompt_text, end="", flush=True)
         made += count
         if given.stream:
             print(samples[0].take(), end="", flush=True)
+        else:
+            terminal.status(f"{made:,} of {given.max_new_tokens:,} tokens" if count else "")
     for number, sample in enumerate(samples):
         print("" if given.stream and number == 0 else prompt_text + sample.text)
         if len(samples) > 1:

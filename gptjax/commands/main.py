@@ -19,7 +19,7 @@ from tyro import extras
 
 import gptjax
 from gptjax import config_io, first_edition, interrupts
-from gptjax.commands import flags
+from gptjax.commands import flags, terminal
 from gptjax.devices import peer_failure
 from gptjax.errors import UserError, is_out_of_memory
 
@@ -248,6 +248,7 @@ def _end_stopped(stop: BaseException) -> int:
     while not isinstance(stop, Stopped) and (cause := stop.__cause__ or stop.__context__):
         stop = cause
     with contextlib.suppress(OSError):
+        terminal.status("")
         print(STOPPED, file=sys.stderr)
     return _end(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT))
 
@@ -261,6 +262,7 @@ def _show_bug() -> None:
 
 def _fail(message: str, code: int) -> int:
     with contextlib.suppress(OSError):
+        terminal.status("")
         print(f"error: {message}", file=sys.stderr)
     return _end(code)
 

@@ -1,7 +1,9 @@
-"""What the commands share: what counts as a run, a status line."""
+"""What the commands share: what counts as a run, the terminal, a status line."""
 
 import sys
 from pathlib import Path
+
+from rich.console import Console
 
 
 def is_run(path: Path) -> bool:
@@ -11,7 +13,12 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").exists() or stopped_early
 
 
+def console() -> Console:
+    """For standard output. Rich alone takes it for a terminal also where FORCE_COLOR is set."""
+    return Console(force_terminal=sys.stdout.isatty())
+
+
 def status(text: str) -> None:
     """Say on a terminal's last line what is being done, and clear it with ""; nothing elsewhere."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}\r", end="", file=sys.stderr, flush=True)

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from gptjax import config_io, files, first_edition, program
 from gptjax.commands import flags, terminal
 from gptjax.config import FINETUNE, TrainConfig
@@ -49,7 +47,7 @@ def main(argv: list[str], prog: str) -> None:
         callbacks = [stop, MetricsLog(), display, Samples(display)]
         trainer = launch.train(
             config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
-            console=Console(),
+            console=terminal.console(),
         )  # fmt: skip
     if trainer and trainer.stopped_by:
         step = trainer.checkpoints.latest_step

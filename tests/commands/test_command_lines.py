@@ -58,13 +58,13 @@ NUMBERS = [
 ]  # fmt: skip
 WORDS = [
     "", " ", "None", "none", "true", "False", "yes", "auto", "best", "latest", "cpu", "gpu", "fsdp",
-    "dense", "banded", "--", "-h", "--x", "\0"[:0], "\t", "\x1b[2J", "☃", "\U0001f600", "\udce4",
+    "dense", "banded", "--", "-h", "--x", "\t", "\x1b[2J", "☃", "\U0001f600", "\udce4",
     "hi\\n", "%s", "{}", "[red]x[/]",
 ]  # fmt: skip
 ENVIRONMENT = {
     "HOME": ["", "/nonexistent", "."], "TMPDIR": ["/nonexistent"], "COLUMNS": ["0", "1", "x"],
     "TERM": ["dumb", "", "xterm"], "FORCE_COLOR": ["1"], "LC_ALL": ["POSIX", "nonsense"],
-    "PYTHONUTF8": ["0"], "PYTHONIOENCODING": ["ascii", "utf-16"], "PYTHONWARNINGS": ["error"],
+    "PYTHONUTF8": ["0"], "PYTHONIOENCODING": ["ascii", "latin-1"], "PYTHONWARNINGS": ["error"],
     "GPTJAX_CACHE_DIR": ["/dev/null", "/proc/x", "ü", ""], "GPTJAX_TRICKS": ["", "-malloc", "x"],
     "JAX_PLATFORMS": ["", "cpu", "cuda", "nonsense"], "JAX_ENABLE_X64": ["1", "x"],
     "JAX_DEBUG_NANS": ["1"], "JAX_DISABLE_JIT": ["1"], "JAX_NUM_CPU_DEVICES": ["2", "0", "x"],
@@ -179,6 +179,7 @@ def call(folder: Path, cache_dir: Path, argv, environment) -> subprocess.Complet
 
 def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pytestconfig):
     count = pytestconfig.getoption("command_lines")
+    failures = list[str]()  # all of them: a minute's search for one would be a pity
     keep = {path.name for path in folder.iterdir()} | {"out", "err", "data"}
 
     @hypothesis.settings(
@@ -194,13 +195,12 @@ def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pyte
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         hypothesis.event(f"{argv[0]} ends with {result.returncode}")
-        said = f"{argv} {environment}: {result.returncode}\n{result.stderr[-3000:]}"
-        assert result.returncode is not None, f"it hangs: {said}"
-        assert "Traceback" not in result.stderr + result.stdout, said
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        fine = result.returncode in (0, 130) and not errors
         if result.returncode in (1, 2):
-            assert len(errors) == 1 and len(errors[0]) < 3100, said
-        else:
-            assert result.returncode in (0, 130) and not errors, said
+            fine = len(errors) == 1 and len(errors[0]) < 3100
+        if not fine or "Traceback" in result.stderr + result.stdout:
+            failures.append(f"{argv} {environment}: {result.returncode}\n{result.stderr[-3000:]}")
 
     check()
+    assert not failures, "\n\n".join(failures)
