@@ -56,7 +56,7 @@ class Checkpoints:
         `keep_every`: keep those whose step is a multiple of it too.
 
         Raises:
-            UserError: opened for reading, and there is no run.
+            UserError: opened for reading, and there is no run; or a name that Orbax cannot stand.
         """
         self.run_dir = run_dir
         root = run_dir if files.is_remote(run_dir) else run_dir.absolute()
@@ -66,6 +66,8 @@ class Checkpoints:
         self._keep, self._keep_every = keep, keep_every
         self._unverified: tuple[int, dict[str, list[tuple[int, ...]]]] | None = None
         self._metadata: dict[int, dict[str, Any]] = {}
+        if keep is not None:
+            self._orbax_directory  # noqa: B018 (what it refuses, it refuses now)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -99,13 +101,13 @@ class Checkpoints:
         code takes UTF-8, whatever the locale.
 
         Raises:
-            UserError: there is something else of that name.
+            UserError: there is something else of that name, or no such name in a bucket.
         """
-        if files.is_remote(self.directory):
-            return self.directory
         name = str(self.directory)
         if _is_utf8(name) and not re.search(r"[][*?\\]", name):
             return self.directory
+        if files.is_remote(self.directory):
+            raise UserError(f"{name}: in a bucket, a run's name cannot have any of []*?\\ in it")
         digest = hashlib.sha256(os.fsencode(self.directory)).hexdigest()[:16]
         # The same name on all hosts. Made anew where somebody has tidied up there.
         link = Path(tempfile.gettempdir()) / f"gptjax-{os.getuid()}-{digest}"

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -141,6 +142,12 @@ def test_a_load_that_fails_leaves_no_traceback_behind(copied, command):
         "    except Corrupted: print('refused')",
     )  # fmt: skip
     assert (result.stdout, result.stderr) == ("refused\n", "")
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*"])
+def test_a_name_that_no_bucket_can_have_is_refused_at_once(name):
+    with pytest.raises(UserError, match="in a bucket, a run's name cannot have any of"):
+        Checkpoints(epath.Path(f"gs://bucket/{name}"), keep=1)
 
 
 def test_a_link_that_somebody_tidies_away_loses_no_checkpoint(tmp_path, monkeypatch):
