@@ -1,6 +1,7 @@
 """Command lines that nobody would write, as real processes: whatever is asked, there is a result or
 one clear line, and Ctrl-C is heard. More of them: pytest -m slow --command-lines 2000"""
 
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -179,6 +180,7 @@ def call(folder: Path, cache_dir: Path, argv, environment) -> subprocess.Complet
 
 def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pytestconfig):
     count = pytestconfig.getoption("command_lines")
+    ends = collections.Counter[tuple[str, int | None]]()
     failures = list[str]()  # all of them: a minute's search for one would be a pity
     keep = {path.name for path in folder.iterdir()} | {"out", "err", "data"}
 
@@ -194,7 +196,7 @@ def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pyte
         for path in folder.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        hypothesis.event(f"{argv[0]} ends with {result.returncode}")
+        ends[argv[0], result.returncode] += 1
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         fine = result.returncode in (0, 130) and not errors
         if result.returncode in (1, 2):
@@ -203,4 +205,5 @@ def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pyte
             failures.append(f"{argv} {environment}: {result.returncode}\n{result.stderr[-3000:]}")
 
     check()
+    print("how they ended:", dict(sorted(ends.items(), key=str)))
     assert not failures, "\n\n".join(failures)
