@@ -1,12 +1,10 @@
 """Sample from a trained run: python generate_jax.py [RUN] --prompt "def "; the same as
 `gptjax generate`."""
 
-import sys
-
 from gptjax import program
 
 if __name__ == "__main__":
     program.end_on_interrupt()
-    from gptjax.commands import generate, main
+    from gptjax.commands import generate, process
 
-    sys.exit(main.run(generate.main, "python generate_jax.py"))
+    process.start(generate.main, "python generate_jax.py")

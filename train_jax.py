@@ -4,12 +4,10 @@ Without CONFIG: configs/quickstart.py, or the run's own settings where --run-dir
 exists. A run that exists is resumed.
 """
 
-import sys
-
 from gptjax import program
 
 if __name__ == "__main__":
     program.end_on_interrupt()
-    from gptjax.commands import main, train
+    from gptjax.commands import process, train
 
-    sys.exit(main.run(train.main, "python train_jax.py"))
+    process.start(train.main, "python train_jax.py")

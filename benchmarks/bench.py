@@ -31,8 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import worker
 from benchmarks.worker import FIRST_STEP, Job, Mode
 from gptjax import config_io
-from gptjax.commands import flags, terminal
-from gptjax.commands import main as program
+from gptjax.commands import flags, process, terminal
 from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError
 from gptjax.runtime_config import RuntimeConfig
@@ -538,4 +537,4 @@ def main(argv: list[str], prog: str = PROG) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main, PROG))
+    process.start(main, PROG)

@@ -63,9 +63,12 @@ def _reach(bucket: str) -> None:
     # Ask for a listing each time: other processes write there too.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs it raises too
-    server = urlsplit(os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com")
+    asked = os.environ.get("STORAGE_EMULATOR_HOST", "").strip()
+    server = urlsplit("https://storage.googleapis.com")
+    if asked not in ("", "default"):  # as gcsfs understands it
+        server = urlsplit(asked if "://" in asked else f"http://{asked}")
     try:
-        if not urllib.request.getproxies():
+        if server.scheme not in urllib.request.getproxies():
             port = server.port or {"http": 80}.get(server.scheme, 443)
             socket.create_connection((server.hostname or "", port), CONNECT_SECONDS).close()
         fsspec.filesystem("gs").call("GET", "b/{}/o", bucket, maxResults="1")

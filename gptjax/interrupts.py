@@ -4,7 +4,6 @@ instructions; while XLA compiles there that can take minutes. So a thread hears 
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 
@@ -14,39 +13,57 @@ GRACE = 1.0
 Listener = Callable[[int], None]
 
 _listener: Listener | None = None
-_installed = False
+_pipe: tuple[int, int] | None = None
+_before = -1
+"""The descriptor that Python told of signals before (an event loop's, say)."""
 
 
 def listen(listener: Listener | None) -> Listener | None:
     """From now on `listener` is called, in a thread of its own, with the number of each signal that
-    has a Python handler; the listener before it. Call from the main thread."""
-    global _listener, _installed
-    before, _listener = _listener, listener
-    if not _installed:
-        reading, writing = os.pipe()
+    has a Python handler; None: nobody is any more. The listener before it. Call from the main
+    thread. Meanwhile an event loop of this process is told of no signal."""
+    global _listener, _pipe, _before
+    last, _listener = _listener, listener
+    if listener and not _pipe:
+        _pipe = reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        _before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=_read, args=(reading,), daemon=True).start()
-        _installed = True
-    return before
+    elif not listener and _pipe:
+        if signal.set_wakeup_fd(_before) not in (_pipe[1], _before):
+            raise RuntimeError("somebody else listens to signals now")
+        os.close(_pipe[1])  # which ends the thread
+        _pipe = None
+    return last
 
 
 def _read(reading: int) -> None:
-    while received := os.read(reading, 1):
-        if listener := _listener:
-            # In another thread: the next signal must be heard while this one is answered.
-            threading.Thread(target=listener, args=(received[0],), daemon=True).start()
+    with open(reading, "rb", buffering=0) as numbers:
+        while received := numbers.read(1):
+            if listener := _listener:
+                # In another thread: the next signal must be heard while this one is answered.
+                threading.Thread(target=listener, args=(received[0],), daemon=True).start()
 
 
 def end(number: int, message: str) -> None:
     """End the process here and now, as one that this signal has stopped."""
+    leave(128 + number, message)
+
+
+def leave(code: int, message: str = "") -> None:
+    """End the process here and now, whether or not somebody reads `message`."""
+    timer = threading.Timer(1, os._exit, [code])
+    timer.daemon = True
+    timer.start()
     say(message)
-    os._exit(128 + number)
+    os._exit(code)
 
 
 def say(message: str) -> None:
-    """A line on stderr. Not through Python's streams, which may be in the middle of one. What comes
-    last shows a terminal's cursor again, in case nobody else has the time for that."""
-    shown = "\033[?25h" if sys.stderr.isatty() else ""
+    """A line on stderr; and a terminal's cursor is shown again, in case nobody else has the time.
+    Not through Python's streams, which may be in the middle of a line."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{message}\n{shown}".encode())
+        if os.isatty(1):
+            os.write(1, b"\033[?25h")
+        if message:
+            os.write(2, f"{message}\n".encode())

@@ -1,20 +1,19 @@
 """What a training run shows: a live line on a terminal, plain lines elsewhere, nothing on other
 hosts than the main one."""
 
-import contextlib
 import os
-import sys
-import textwrap
 import threading
 import time
 from collections.abc import Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.containers import Lines
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from gptjax import program
+from gptjax import console, program
 from gptjax.devices import setup
 from gptjax.trainer import Callback, Row, Trainer
 
@@ -31,13 +30,6 @@ Field = tuple[str, str]
 """A number in full, and abbreviated for narrow terminals; "" where it is left out there."""
 
 
-class _Console(Console):
-    """Rich ends the process when a reader goes away; a training run must not end for that."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 class _LiveLine:
     """The terminal's last line, laid out anew at each refresh: the terminal may have been resized,
     and time goes on."""
@@ -52,7 +44,7 @@ class _LiveLine:
         """What is done from now on, until the next `begin`; "": steps are taken."""
         self.phase, self._began = phase, time.monotonic()
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
         fields = self.fields or [step_field(self.step, self._last)]
         if self.phase:
             seconds = time.monotonic() - self._began
@@ -73,17 +65,13 @@ class ProgressDisplay(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         visible = setup.is_main_host()
-        # Not what rich takes for a terminal: a notebook, and any output where FORCE_COLOR is set.
-        self._is_live = visible and sys.stdout.isatty() and not Console().is_jupyter
-        self._console = _Console(
-            quiet=not visible, highlight=False, force_jupyter=False, force_terminal=self._is_live
-        )
+        self._console = console.make(quiet=not visible)
+        self._is_live = visible and self._console.is_terminal
         first, last = trainer.start.step, trainer.config.max_steps
         self._line = _LiveLine(first, last)
         self._live = Live(self._line, console=self._console) if self._is_live else None
         self._stayed, self._val_loss = -SCROLLBACK_SECONDS, list[Field]()
         self._timer: threading.Timer | None = None
-        self._unreadable = False
         if self._live:
             self._live.start()
         for note in trainer.start.notes:
@@ -94,21 +82,18 @@ class ProgressDisplay(Callback):
 
     def say(self, text: str, *, indent: str = "", copied: bool = False) -> None:
         """Lines that stay. On a terminal they are cut between words, with `indent` before the rest
-        of a line, unless they are to be `copied`. Where nobody can read them any more, the work
-        goes on."""
+        of a line, unless they are to be `copied`."""
         if self._is_live and not copied:
-            wrap = textwrap.TextWrapper(
-                self._console.width, subsequent_indent=indent, replace_whitespace=False,
-                break_long_words=False, break_on_hyphens=False,
-            )  # fmt: skip
-            text = "\n".join(wrap.fill(line) for line in text.split("\n"))
-        try:
-            self._console.print(text, markup=False, soft_wrap=True)
-        except OSError as error:
-            if not self._unreadable and not isinstance(error, BrokenPipeError):
-                with contextlib.suppress(OSError):
-                    print(f"note: cannot print ({error.strerror}); going on", file=sys.stderr)
-            self._unreadable = True
+            width = self._console.width
+            indent = indent[: width // 4]
+            text = "\n".join(
+                f"\n{indent}".join(part.plain for part in self._wrap(line, width - len(indent)))
+                for line in text.split("\n")
+            )
+        self._console.print(text)
+
+    def _wrap(self, line: str, width: int) -> Lines:
+        return Text(line).wrap(self._console, width, overflow="fold", tab_size=8)
 
     def begin(self, phase: str) -> None:
         """What is done from now on, until something else is; "": steps are taken."""

@@ -12,28 +12,29 @@ from gptjax.trainer import Callback, Trainer
 
 class StopSignal(Callback):
     """From the start of training until `close`, STOP_SIGNALS only set `number`: to the last of
-    them, 0 before. A second Ctrl-C ends the process at once, and so does the first one while the
-    first step is still being compiled: there is nothing to save."""
+    them, 0 before. Ctrl-C after another one ends the process at once; so does any of them before
+    this process has taken a step, when there is nothing to save."""
 
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, Any] = {}
         self._asked = False
+        self._listens = False
 
     def on_start(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._listener, self._listens = interrupts.listen(self._heard), True
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._before[number] = signal.signal(number, self._received)
-        self._listener = interrupts.listen(self._heard)
 
     def close(self) -> None:
         """Let signals do what they did before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._before:
+        if self._listens:
             interrupts.listen(self._listener)
-        self._before = {}
+        self._before, self._listens = {}, False
 
     def _received(self, number: int, _: Any) -> None:
         self.number = number
@@ -43,9 +44,9 @@ class StopSignal(Callback):
             interrupts.end(number, "stopped at once")
         self._asked = True
         if self._trainer.first_step_seconds is None and setup.host_count() == 1:
+            # It is compiling, say; if not, it ends by itself.
             time.sleep(interrupts.GRACE)
-            if not self.number:
-                interrupts.end(number, "stopped before the first step")
+            interrupts.end(number, "stopped before a step was taken")
         interrupts.say(
             f"\n{signal.Signals(number).name}: finishing the current step, then saving; press"
             " Ctrl-C to quit at once"

@@ -180,6 +180,7 @@ class Trainer:
     def save(self, step: int, val_loss: float | None = None, unfinished: Row | None = None) -> None:
         """Start a checkpoint of the state after `step` steps, in the background."""
         self._call("on_save", step)
+        self._call("on_phase", "saving")
         self.checkpoints.wait()  # for the copy that is still being written
         saved = self.strategy.for_saving(self.state)
         arrays = {"params": saved.params, "opt_state": saved.opt_state}
@@ -232,6 +233,9 @@ class Trainer:
         are read."""
         alone = setup.host_count() == 1
         running: tuple[int, train_step.Metrics] | None = None
+        self.stopped_by = self._signal()
+        if self.stopped_by:
+            return
         for step in range(first + 1, last + 1):
             metrics = self._start_step(step)
             stop = self.stop() if alone else 0

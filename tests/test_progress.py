@@ -6,7 +6,6 @@ import sys
 import types
 
 import pytest
-import rich.console
 from rich.console import Console
 
 from gptjax import progress
@@ -213,20 +212,6 @@ def test_losses_stay_on_a_terminal_at_a_readable_pace(display, terminal, capsys,
     assert stayed == [1, 4, 6]
 
 
-@pytest.mark.parametrize("where", ["a notebook", "a log in colour"])
-def test_only_a_terminal_gets_a_live_line(display, capsys, monkeypatch, where):
-    if where == "a notebook":  # which says that it is a terminal
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        monkeypatch.setattr(rich.console, "_is_jupyter", lambda: True)
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    trainer = trainer_at()
-    display.on_start(trainer)
-    display.on_step(trainer, row(10))
-    display.on_end(trainer)
-    out = capsys.readouterr().out
-    assert "step 10/100 | loss 1.5000 |" in out and "\x1b" not in out
-
-
 def test_a_command_to_copy_is_not_cut(display, terminal, capsys):
     terminal(20)
     trainer = trainer_at()
@@ -235,40 +220,6 @@ def test_a_command_to_copy_is_not_cut(display, terminal, capsys):
     capsys.readouterr()
     Samples(display).on_end(trainer)
     assert capsys.readouterr().out.endswith("--run-dir 'a run' --num-samples 3\n")
-
-
-def test_output_that_cannot_be_written_is_told_once(display, capsys, monkeypatch):
-    class Full:
-        encoding = "utf-8"
-
-        def write(self, _):
-            raise OSError(28, "No space left on device")
-
-        flush = isatty = lambda self: None
-
-    monkeypatch.setattr(sys, "stdout", Full())
-    trainer = trainer_at()
-    display.on_start(trainer)
-    display.on_step(trainer, row(10))
-    display.on_end(trainer)
-    note = "note: cannot print (No space left on device); going on\n"
-    assert capsys.readouterr().err == note
-
-
-def test_nobody_reading_is_no_reason_to_stop(display, monkeypatch):
-    class Closed:
-        encoding = "utf-8"
-
-        def write(self, _):
-            raise BrokenPipeError
-
-        flush = isatty = lambda self: None
-
-    monkeypatch.setattr(sys, "stdout", Closed())
-    trainer = trainer_at()
-    display.on_start(trainer)
-    display.on_step(trainer, row(10))
-    display.on_end(trainer)
 
 
 def test_samples_follow_evaluations_and_the_end(display, capsys):

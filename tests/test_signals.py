@@ -64,7 +64,7 @@ stop = StopSignal()
 stop.on_start(types.SimpleNamespace(first_step_seconds=FIRST))
 for at, number in enumerate(SIGNALS):
     threading.Timer(0.5 + 0.3 * at, os.kill, [os.getpid(), number]).start()
-hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)  # C code, which handlers wait for
+hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes of C code, which handlers wait for
 """
 
 
@@ -73,19 +73,18 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)  # C code, which handlers wa
     [
         ("[15, 2]", 1.0, 130, "stopped at once"),
         ("[2, 2]", 1.0, 130, "stopped at once"),
-        ("[2]", None, 130, "stopped before the first step"),
-        ("[15]", None, 143, "stopped before the first step"),
+        ("[2]", None, 130, "stopped before a step was taken"),
+        ("[15]", None, 143, "stopped before a step was taken"),
     ],
 )
 def test_a_library_at_work_delays_no_stop(cache_dir, signals, first_step, code, said):
     script = IN_A_LIBRARY.replace("FIRST", str(first_step)).replace("SIGNALS", signals)
-    began = time.monotonic()
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True,
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60,
         env=helpers.command_environment(cache_dir),
     )  # fmt: skip
-    assert result.returncode == code and said in result.stderr
-    assert "Traceback" not in result.stderr and time.monotonic() - began < 8
+    assert result.returncode == code and result.stderr.splitlines()[-1] == said
+    assert "Traceback" not in result.stderr
 
 
 def test_a_full_pipe_does_not_delay_the_stop(stop, monkeypatch):

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from gptjax import files, program
-from gptjax.commands import flags, terminal
+from gptjax import console, files, program
+from gptjax.commands import flags
 from gptjax.config import DataConfig, TokenizerKind
 from gptjax.data import prepare
 from gptjax.settings import Config
@@ -43,8 +43,8 @@ def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(DataFlags(), argv, prog, "SOURCE")
     config = given.config(named[0])
-    console = terminal.console()
-    with console.status("finding the text"):
+    output = console.make()
+    with output.status("finding the text"):
         out = files.path(given.out) if given.out else prepare.default_dir(config)
-    prepare.prepare(config, out, console)
+    prepare.prepare(config, out, output)
     print(f"train on it: {program.command('train', '--data.dir', out)}")

@@ -1,27 +1,16 @@
-"""The program `gptjax`: its commands, and how a process ends."""
+"""The program `gptjax`: its commands."""
 
-import contextlib
-import errno
 import importlib
-import io
-import os
 import platform
-import resource
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tyro import extras
 
 import gptjax
-from gptjax import config_io, first_edition, interrupts
-from gptjax.commands import flags, terminal
-from gptjax.devices import peer_failure
-from gptjax.errors import UserError, is_out_of_memory
+from gptjax import config_io, first_edition
+from gptjax.commands import flags, process
+from gptjax.errors import UserError
 
 COMMANDS = {
     "train": "train a model, or resume a run",
@@ -46,38 +35,11 @@ GPT-2 and GPT-3 style models in JAX: train them, sample from them, compare them 
 {prog} COMMAND --help explains a command's flags. {prog} --version names the versions.
 {prog} --tyro-print-completion bash (or zsh, tcsh, fish) prints a completion script."""
 
-ENVIRONMENT = {
-    "JAX_ENABLE_X64": "0",
-    "JAX_NUMPY_DTYPE_PROMOTION": "standard",
-    "JAX_NUMPY_RANK_PROMOTION": "allow",
-    "JAX_THREEFRY_PARTITIONABLE": "1",
-    "JAX_RANDOM_SEED_OFFSET": "0",
-    "JAX_TRANSFER_GUARD": "allow",
-}
-"""For the whole process what `numerics.standard` is for a function: others change our numbers."""
-
-QUIET = "3"
-"""For TF_CPP_MIN_LOG_LEVEL, unless the user has set it: XLA writes to stderr that a compilation is
-slow, and what went wrong that JAX raises anyway."""
-
-OPEN_FILES = 128
-"""A process that may open fewer fails half way: JAX and Orbax have 20 to 60 open at once here."""
-
-STOPPED = "stopped; nothing is left half done"
-
-IMPORT = "<frozen importlib._bootstrap>"
-"""The file of Python's import, in a stack."""
-
-OUT_OF_MEMORY = (
-    "out of memory; lower batch_size or num_samples, raise gradient_accumulation_steps, or turn on"
-    " compute.remat"
-)
-
 
 def main() -> None:
     """The console script `gptjax`, and `python -m gptjax`."""
     called = Path(sys.argv[0]).name
-    sys.exit(run(dispatch, "python -m gptjax" if called == "__main__.py" else called))
+    process.start(dispatch, "python -m gptjax" if called == "__main__.py" else called)
 
 
 def moved(name: str) -> None:
@@ -87,7 +49,7 @@ def moved(name: str) -> None:
         first_edition.notice(f"python -m gptjax.{name} is called {prog} {name} now")
         dispatch([name, *argv], prog)
 
-    sys.exit(run(command, "python -m gptjax"))
+    process.start(command, "python -m gptjax")
 
 
 def dispatch(argv: list[str], prog: str) -> None:
@@ -115,160 +77,3 @@ def dispatch(argv: list[str], prog: str) -> None:
     else:
         near = config_io.near_miss(name, COMMANDS)
         raise UserError(f"no command {name!r}{near or '; expected ' + ', '.join(COMMANDS)}")
-
-
-def run(command: Callable[[list[str], str], None], prog: str) -> int:
-    """Call `command` with the command line; the process's exit code."""
-    # Streams that the caller closed (>&-): nobody reads them, and no file must take their place.
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for number in _SIGNALS:  # a hangup before training just ends it
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _stop)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
-    if "jax" not in sys.modules:
-        os.environ.update(ENVIRONMENT)
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", QUIET)
-    listener = interrupts.listen(_end_if_unheard)
-    sys.unraisablehook = _ignore_or_repeat
-    try:
-        _allow_open_files()
-        command(sys.argv[1:], prog)
-        sys.stdout.flush()
-    except UserError as error:
-        return _fail(str(error), error.exit_code)
-    except BaseException as error:
-        if _stopped_by.is_set() or isinstance(error, KeyboardInterrupt):
-            return _end_stopped(error)
-        if not isinstance(error, Exception):
-            raise
-        return _unexpected(error)
-    finally:
-        interrupts.listen(listener)
-    return 0
-
-
-def _unexpected(error: Exception) -> int:
-    """The exit code after an error that no code of ours has foreseen; raises it if it is a bug."""
-    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return _end(141)
-    if isinstance(error, RuntimeError) and peer_failure.is_peer_failure(error):
-        return _fail(peer_failure.MESSAGE, 1)
-    if is_out_of_memory(error):
-        return _fail(OUT_OF_MEMORY, 1)
-    if isinstance(error, OSError) and error.strerror is not None:
-        where = error.filename or ("standard output" if _output_fails(error) else "")
-        return _fail(str(UserError(f"{where}: {error.strerror}".removeprefix(": "))), 1)
-    _show_bug()  # ours, or a library's
-    raise error
-
-
-def _output_fails(error: OSError) -> bool:
-    """Whether it is the output whose disk is full: no error says so."""
-    if error.errno != errno.ENOSPC:
-        return False
-    try:
-        os.write(1, b"\n")
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try once more, and complain
-        return True
-    return False
-
-
-def _allow_open_files() -> None:
-    """Raise the limit as far as this process may. UserError: it is too low."""
-    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = most == resource.RLIM_INFINITY
-    wanted = 4096 if unlimited else min(most, 4096)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
-            soft = wanted
-    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
-        raise UserError(
-            f"this process may open {soft} files at once, and needs up to {OPEN_FILES}; raise the"
-            " limit with ulimit -n"
-        )
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_stopped_by, _unwound = threading.Event(), threading.Event()
-
-UNWINDING = 3.0
-"""Seconds from a signal's exception to the end of the command. Some code swallows any exception."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal unwinds the stack as Ctrl-C does: unfinished files are removed on the way."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-def _stop(number: int, frame: Any) -> None:
-    _stopped_by.set()
-    while (
-        frame
-    ):  # an import makes errors of its own of any exception; nothing is to be undone there
-        if frame.f_code.co_filename == IMPORT:
-            interrupts.end(number, STOPPED)
-        frame = frame.f_back
-    raise Stopped(number)
-
-
-def _end_if_unheard(number: int) -> None:
-    if number not in _SIGNALS:
-        return
-    if not (_stopped_by.wait(interrupts.GRACE) and _unwound.wait(UNWINDING)):
-        interrupts.end(number, STOPPED)
-
-
-def _ignore_or_repeat(unraisable: Any) -> None:
-    """Python's hook for exceptions where none can be raised (a callback of its garbage collector,
-    say): if a signal's came there, it comes again."""
-    if not isinstance(unraisable.exc_value, Stopped):
-        sys.__unraisablehook__(unraisable)
-        return
-    again = threading.Timer(0.1, os.kill, [os.getpid(), unraisable.exc_value.number])
-    again.daemon = True
-    again.start()
-
-
-def _end_stopped(stop: BaseException) -> int:
-    """Also where a library has made another error of it, in the middle of an import say."""
-    _unwound.set()
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # it has been heard
-    while not isinstance(stop, Stopped) and (cause := stop.__cause__ or stop.__context__):
-        stop = cause
-    with contextlib.suppress(OSError):
-        terminal.status("")
-        print(STOPPED, file=sys.stderr)
-    return _end(128 + (stop.number if isinstance(stop, Stopped) else signal.SIGINT))
-
-
-def _show_bug() -> None:
-    """Python prints the traceback, except where there are other hosts: there we end here."""
-    if peer_failure.PeerMonitor.active:
-        traceback.print_exc()
-        _end(1)
-
-
-def _fail(message: str, code: int) -> int:
-    with contextlib.suppress(OSError):
-        terminal.status("")
-        print(f"error: {message}", file=sys.stderr)
-    return _end(code)
-
-
-def _end(code: int) -> int:
-    with contextlib.suppress(OSError):
-        sys.stderr.flush()
-    peer_failure.exit_if_distributed(code)
-    return code

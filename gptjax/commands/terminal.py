@@ -1,9 +1,7 @@
-"""What the commands share: what counts as a run, the terminal, a status line."""
+"""What the commands share: what counts as a run, a status line."""
 
 import sys
 from pathlib import Path
-
-from rich.console import Console
 
 
 def is_run(path: Path) -> bool:
@@ -11,11 +9,6 @@ def is_run(path: Path) -> bool:
     another program's.)"""
     stopped_early = all((path / name).exists() for name in ("config.json", "metrics.jsonl"))
     return (path / "checkpoints").exists() or stopped_early
-
-
-def console() -> Console:
-    """For standard output. Rich alone takes it for a terminal also where FORCE_COLOR is set."""
-    return Console(force_terminal=sys.stdout.isatty())
 
 
 def status(text: str) -> None:

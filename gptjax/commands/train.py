@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gptjax import config_io, files, first_edition, program
+from gptjax import config_io, console, files, first_edition, program
 from gptjax.commands import flags, terminal
 from gptjax.config import FINETUNE, TrainConfig
 from gptjax.errors import UserError
@@ -47,14 +47,14 @@ def main(argv: list[str], prog: str) -> None:
         callbacks = [stop, MetricsLog(), display, Samples(display)]
         trainer = launch.train(
             config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
-            console=terminal.console(),
+            console=console.make(),
         )  # fmt: skip
     if trainer and trainer.stopped_by:
         step = trainer.checkpoints.latest_step
-        kept = "before the first step" if step is None else f"saved step {step}"
+        kept = " before the first step" if step is None else f"; saved step {step}"
         resume = program.command("train", "--run-dir", trainer.checkpoints.run_dir)
         with contextlib.suppress(OSError):  # stdout may be closed
-            print(f"stopped; {kept}. Resume: {resume}", flush=True)
+            print(f"stopped{kept}. Resume: {resume}", flush=True)
         sys.exit(128 + trainer.stopped_by)
 
 

@@ -51,7 +51,7 @@ def prepare(
     paths, left_out = corpus.find(config.source)
     how = corpus.describe(paths, left_out)
     if how != "files read: 1 as text":
-        console.print(how, highlight=False, soft_wrap=True)
+        console.print(how)
     try:
         with (
             files.new_folder(out) as folder,
@@ -64,9 +64,7 @@ def prepare(
         raise RunError(f"cannot write {out}: {error.strerror}") from None
     console.print(
         "prepared {characters:,} characters of {source} as {train_tokens:,} training and"
-        " {val_tokens:,} validation tokens ({tokenizer}, {vocab_size:,} ids)".format(**meta),
-        highlight=False,
-        soft_wrap=True,
+        " {val_tokens:,} validation tokens ({tokenizer}, {vocab_size:,} ids)".format(**meta)
     )
 
 
@@ -93,9 +91,8 @@ def _prepare_into(
     if marks:
         progress.console.print(
             f"note: the text has {END_OF_TEXT} in {marks:,} places, as characters;"
-            f" --data.end-of-text '{END_OF_TEXT}' makes them ends of documents",
-            highlight=False, soft_wrap=True, markup=False,
-        )  # fmt: skip
+            f" --data.end-of-text '{END_OF_TEXT}' makes them ends of documents"
+        )
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     n_train = int(characters * (1 - config.val_fraction))
     again = pieces(f"tokenising ({tokenizer.kind})", characters)

@@ -18,7 +18,18 @@ import pytest
 from hypothesis import strategies as st
 
 from gptjax import config_io
-from gptjax.commands import compare, convert, data, evaluate, generate, main, report, runs, train
+from gptjax.commands import (
+    compare,
+    convert,
+    data,
+    evaluate,
+    generate,
+    main,
+    process,
+    report,
+    runs,
+    train,
+)  # fmt: skip
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +87,7 @@ ENVIRONMENT = {
 
 @st.composite
 def command_lines(draw):
-    """(arguments, {environment variable: value})."""
+    """(arguments, {environment variable: value}, seconds until a Ctrl-C)."""
     base = draw(st.sampled_from(list(COMMANDS)))
     kinds = {}
     for default in COMMANDS[base]:
@@ -107,7 +118,9 @@ def command_lines(draw):
             flag, values = f"{flag}={values[0]}", values[1:]
         argv += [flag, *values]
     names = draw(st.lists(st.sampled_from(list(ENVIRONMENT)), max_size=2, unique=True))
-    return argv, {name: draw(st.sampled_from(ENVIRONMENT[name])) for name in names}
+    environment = {name: draw(st.sampled_from(ENVIRONMENT[name])) for name in names}
+    soon = draw(st.sampled_from([False, False, True])) and draw(st.floats(0.2, 3.0))
+    return argv, environment, soon or LONGEST
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +132,7 @@ def folder(tmp_path_factory, cache_dir) -> Path:
         "empty.txt": b"", "latin1.txt": b"caf\xe9\n" * 99, "binary.bin": bytes(range(256)) * 9,
         "lines.jsonl": b'{"text": "one"}\n{"text": "two"}\n' * 99, "bad.jsonl": b'{"text": 1}\n',
         "table.csv": b"a,b\n1,2\n", "run[1]": b"a text in an odd place\n" * 99,
+        "m[/x].txt": b"a text\n" * 99, ":x:": b"a text\n" * 99,
     }.items():  # fmt: skip
         (folder / name).write_bytes(content)
     (folder / "a folder").mkdir()
@@ -142,38 +156,40 @@ def _child(argv: list[str], environment: dict[str, str], folder: str) -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["gptjax", *argv]
-    sys.exit(main.run(main.dispatch, "gptjax"))
+    process.start(main.dispatch, "gptjax")
 
 
-def call(folder: Path, cache_dir: Path, argv, environment) -> subprocess.CompletedProcess:
+def call(
+    folder: Path, cache_dir: Path, argv, environment, ends=LONGEST
+) -> subprocess.CompletedProcess:
     """The command as a process of its own: a new Python where it or JAX reads the environment when
     it starts, else a fork of one that has imported JAX."""
     whole = helpers.command_environment(cache_dir, JAX_PLATFORMS="cpu") | environment
     if any(name.startswith(("JAX", "XLA", "PYTHON", "LC")) for name in environment):
         command = [sys.executable, "-m", "gptjax", *argv]
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
-            process = subprocess.Popen(
+            child = subprocess.Popen(
                 command, cwd=folder, env=whole, stdin=subprocess.DEVNULL, stdout=out, stderr=err
             )
-        wait = lambda seconds: process.wait(seconds)  # noqa: E731
+        wait = lambda seconds: child.wait(seconds)  # noqa: E731
     else:
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["gptjax.commands.train", "gptjax.launch", "gptjax.run"])
-        process = server.Process(target=_child, args=(argv, whole, str(folder)), daemon=True)
-        process.start()
+        child = server.Process(target=_child, args=(argv, whole, str(folder)), daemon=True)
+        child.start()
 
         def wait(seconds):
-            process.join(seconds)
-            if process.exitcode is None:
+            child.join(seconds)
+            if child.exitcode is None:
                 raise subprocess.TimeoutExpired(argv, seconds)
 
     code = None
-    for seconds in (LONGEST, TO_STOP):
+    for seconds in (ends, TO_STOP):
         with contextlib.suppress(subprocess.TimeoutExpired):
             wait(seconds)
-            code = process.exitcode if hasattr(process, "exitcode") else process.returncode
+            code = child.exitcode if hasattr(child, "exitcode") else child.returncode
             break
-        os.kill(process.pid, signal.SIGINT if seconds == LONGEST else signal.SIGKILL)
+        os.kill(child.pid, signal.SIGINT if seconds == ends else signal.SIGKILL)
     outputs = ((folder / name).read_text(errors="replace") for name in ("out", "err"))
     return subprocess.CompletedProcess(argv, code, *outputs)
 
@@ -191,18 +207,17 @@ def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pyte
     )  # fmt: skip
     @hypothesis.given(command_lines())
     def check(drawn):
-        argv, environment = drawn
-        result = call(folder, cache_dir, argv, environment)
+        result = call(folder, cache_dir, *drawn)
         for path in folder.iterdir():
             if path.name not in keep:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        ends[argv[0], result.returncode] += 1
+        ends[drawn[0][0], result.returncode] += 1
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         fine = result.returncode in (0, 130) and not errors
         if result.returncode in (1, 2):
             fine = len(errors) == 1 and len(errors[0]) < 3100
         if not fine or "Traceback" in result.stderr + result.stdout:
-            failures.append(f"{argv} {environment}: {result.returncode}\n{result.stderr[-3000:]}")
+            failures.append(f"{drawn}: {result.returncode}\n{result.stderr[-3000:]}")
 
     check()
     print("how they ended:", dict(sorted(ends.items(), key=str)))
