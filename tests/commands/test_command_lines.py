@@ -134,6 +134,7 @@ def folder(tmp_path_factory, cache_dir) -> Path:
         "table.csv": b"a,b\n1,2\n", "run[1]": b"a text in an odd place\n" * 99,
         "m[/x].txt": b"a text\n" * 99, ":x:": b"a text\n" * 99,
     }.items():  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "a folder").mkdir()
     (folder / "broken").symlink_to("nowhere")
