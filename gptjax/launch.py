@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from gptjax import attention, config_io, files, resume, run_metadata
@@ -14,7 +15,7 @@ from gptjax.config import TrainConfig
 from gptjax.data import prepare, token_files
 from gptjax.data.token_files import Dataset
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.devices import hosts, memory, setup
+from gptjax.devices import dry_run, hosts, memory, setup, topology
 from gptjax.errors import RunError, UserError
 from gptjax.run_lock import RunLock
 from gptjax.runtime_config import DistributedConfig, RuntimeConfig
@@ -51,24 +52,25 @@ def train(
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     console = console or Console(quiet=True)
     with console.status("starting the devices"):
-        start_devices(config, runtime)
+        start_devices(config, runtime.replace(device="cpu") if runtime.topology else runtime)
+    devices = topology.devices(runtime.topology) if runtime.topology else jax.devices()
     # Not saved: hosts find each other again when the run is resumed.
     runtime = runtime.replace(distributed=DistributedConfig())
-    runtime.divide_batch(config, setup.device_count())
+    runtime.divide_batch(config, len(devices))
     saved = run_metadata.newest_metadata(run_dir)
     # Imported weights have no schedule of their own: theirs begins here.
     trained = saved is not None and saved.data_fingerprint is not None
-    config = resume.resolve(config, saved.config if saved and trained else None)
+    config = resume.resolve(config, saved.config if saved and trained else None, devices[0])
     kernel, why = attention.choose(config.model, runtime.compute, train=True)
     if runtime.compute.attention == "cudnn" and kernel != "cudnn":
         raise UserError(f"--attention cudnn does not fit here: {why}")
     if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
         model = config.model.replace(vocab_size=vocab_size)
-        memory.dry_run(config.replace(model=model), runtime)
+        dry_run.print_needs(config.replace(model=model), runtime, devices)
         return None
     config, dataset = open_data(config, tokenizer, console)
     if runtime.dry_run:
-        memory.dry_run(config, runtime)
+        dry_run.print_needs(config, runtime, devices)
         return None
     memory.refuse_too_large(config, runtime)
     try:

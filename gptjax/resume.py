@@ -94,9 +94,11 @@ def _folder_name(run_dir: str | None) -> str | None:
     return files.path(run_dir).resolve().name if run_dir else None
 
 
-def resolve(config: TrainConfig, saved: TrainConfig | None = None) -> TrainConfig:
+def resolve(
+    config: TrainConfig, saved: TrainConfig | None = None, device: jax.Device | None = None
+) -> TrainConfig:
     """`config` with everything decided that is left open: by the run that is resumed, whose
-    precision and schedule stay what they were, or else by this device and `max_steps`.
+    precision and schedule stay what they were, or else by the device and `max_steps`.
 
     So a run that is extended keeps its schedule and continues at min_lr, as in nanoGPT: no step
     that was taken would have had another learning rate in the longer run.
@@ -107,7 +109,7 @@ def resolve(config: TrainConfig, saved: TrainConfig | None = None) -> TrainConfi
     if optimizer.lr_decay_steps is None:
         steps = (saved or config).lr_decay_steps
         optimizer = optimizer.replace(lr_decay_steps=steps)
-    return config.replace(model=setup.resolve_dtype(model), optimizer=optimizer)
+    return config.replace(model=setup.resolve_dtype(model, device), optimizer=optimizer)
 
 
 def conflicts(saved: CheckpointMetadata, config: TrainConfig, fingerprint: str) -> list[str]:

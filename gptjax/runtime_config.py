@@ -112,6 +112,9 @@ class RuntimeConfig(Config):
     dry_run: bool = False
     """Compile the training step, say what it needs of each device's memory and whether that is
     there, and exit. (Where only the text can tell the vocabulary, it is prepared.)"""
+    topology: str | None = None
+    """TPUs to compile for in a dry run, which need not be here: v5e-8, v4-32, v5p-128, v5e:2x4, ...
+    (It takes jax[tpu].) It also says how fast they can be at most."""
     device_memory: float | None = None
     """Memory of one device, in GiB, for a dry run to compare with (of devices that are not here,
     say). None: what the device has; of a CPU what is free."""
@@ -127,6 +130,8 @@ class RuntimeConfig(Config):
             out.append(f"num_devices {self.num_devices} must be at most 1024")
         if self.run_dir == "":
             out.append("run_dir is empty; name a folder")
+        if self.topology is not None and not self.dry_run:
+            out.append("topology is for a dry run; add --dry-run")
         if self.device_memory is not None and not self.device_memory > 0:
             out.append(f"device_memory {self.device_memory} must be a number above 0")
         return out

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from gptjax import interrupts
 from gptjax.commands import terminal
-from gptjax.devices import peer_failure
+from gptjax.devices import chips, peer_failure
 from gptjax.errors import UserError, is_out_of_memory
 
 ENVIRONMENT = {
@@ -79,6 +79,7 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     if "jax" not in sys.modules:
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", QUIET)
+        chips.quieten_tpu_library()
     _stopped_by.clear()
     _unwound.clear()
     listener, hook = interrupts.listen(_end_if_unheard), sys.unraisablehook

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from gptjax import attention, train_step
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.devices import setup
 from gptjax.devices.strategy import get_strategy
-from gptjax.errors import RunError, UserError
+from gptjax.errors import UserError
 from gptjax.model import compute_dtype
 from gptjax.runtime_config import RuntimeConfig
 
@@ -36,10 +35,10 @@ class StepMemory(NamedTuple):
         return 2 * self.state + self.step
 
 
-def step_memory(
+def compile_step(
     config: TrainConfig, runtime: RuntimeConfig, devices: Sequence[jax.Device] | None = None
-) -> StepMemory:
-    """Of one training step over all devices, or over the given ones, as XLA reports it."""
+) -> Any:
+    """The program of one training step, over all devices or over the given ones."""
     kernel, _ = attention.choose(config.model, runtime.compute, train=True)
     compute = dataclasses.replace(runtime.compute, attention=kernel)
     step = get_strategy(runtime.strategy, devices).map_train_step(
@@ -47,11 +46,11 @@ def step_memory(
         runtime.gradient_accumulation_steps,
     )
     shapes = jax.eval_shape(lambda: train_step.init_state(config))
-    return of_program(step.compile_for(shapes, config.batch_size, config.model.block_size + 1))
+    return step.compile_for(shapes, config.batch_size, config.model.block_size + 1)
 
 
 def of_program(program: Any) -> StepMemory:
-    """Of a compiled training step."""
+    """Of a compiled training step, as XLA reports it."""
     found = program.memory_analysis()
     # The new state takes the place of the old one.
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
@@ -59,11 +58,11 @@ def of_program(program: Any) -> StepMemory:
     return StepMemory(found.argument_size_in_bytes, found.temp_size_in_bytes + fresh + code)
 
 
-def available(gib: float | None) -> tuple[float, str]:
-    """(bytes that a device has for us, how that is known): `gib`, or what the device says; a CPU
-    device has its share of the memory that is free now."""
-    if gib is not None:
-        return gib * GIB, "--device-memory"
+def available(given: float | None) -> tuple[float, str]:
+    """(bytes that a device has for us, how that is known): the `given` GiB, or what the device
+    says; a CPU device has its share of the memory that is free now."""
+    if given is not None:
+        return given * GIB, "--device-memory"
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit, jax.devices()[0].device_kind
@@ -84,7 +83,7 @@ def shortage(found: StepMemory, runtime: RuntimeConfig) -> str:
     if found.peak <= have:
         return ""
     return (
-        f"warning: this may not fit: each device needs up to {_gib(found.peak)} of {_gib(have)}"
+        f"warning: this may not fit: each device needs up to {gib(found.peak)} of {gib(have)}"
         f" ({source}); {REMEDIES}"
     )
 
@@ -97,7 +96,7 @@ def refuse_too_large(config: TrainConfig, runtime: RuntimeConfig) -> None:
     if need > have:
         raise UserError(
             f"{config.model.num_parameters():,} parameters do not fit: each device needs"
-            f" {_gib(need)} for them and the optimizer's state, of {_gib(have)} ({source}); use a"
+            f" {gib(need)} for them and the optimizer's state, of {gib(have)} ({source}); use a"
             " smaller model, or --strategy fsdp on more devices"
         )
 
@@ -110,37 +109,11 @@ def refuse_too_many(config: ModelConfig, num_samples: int, tokens: int) -> None:
     have, source = available(None)
     if num_samples * one > have:
         raise UserError(
-            f"{num_samples:,} samples need {_gib(num_samples * one)} of {_gib(have)} ({source});"
+            f"{num_samples:,} samples need {gib(num_samples * one)} of {gib(have)} ({source});"
             " lower num_samples"
         )
 
 
-def dry_run(config: TrainConfig, runtime: RuntimeConfig) -> None:
-    """Compile the training step; print how much memory it needs and whether it fits (RunError if it
-    does not). Raises UserError if there are several hosts."""
-    if setup.host_count() > 1:
-        raise UserError(
-            "a dry run takes one host: on any machine, --device cpu --num-devices N stands for N"
-            " devices, and --device-memory for the memory of each"
-        )
-    began = time.perf_counter()
-    found = step_memory(config, runtime)
-    seconds = time.perf_counter() - began
-    have, source = available(runtime.device_memory)
-    model, state = config.model, _gib(found.state)
-    print(
-        f"model      {model.num_parameters():,} parameters, batch {config.batch_size} x"
-        f" {model.block_size}\n"
-        f"devices    {setup.describe()}, {runtime.strategy}, computing in"
-        f" {compute_dtype(model).name}; compiled in {seconds:.1f} s\n"
-        f"each       {state} for the state, {_gib(found.step)} more for a step, {state} more while"
-        " a checkpoint is written"
-    )
-    of = f"{_gib(found.peak)} of {_gib(have)} ({source})"
-    if found.peak > have:
-        raise RunError(f"it does not fit: each device needs {of}; {REMEDIES}")
-    print(f"it fits: each device needs {of}")
-
-
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """ "1.50 GiB"."""
     return f"{size / GIB:.2f} GiB"

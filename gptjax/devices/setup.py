@@ -2,25 +2,17 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from gptjax.config import ModelConfig
-from gptjax.devices import cpu, hosts
+from gptjax.devices import chips, cpu, hosts
 from gptjax.errors import UserError, first_line
 from gptjax.runtime_config import DeviceKind, RuntimeConfig
 
 COMPILATION_CACHE_BYTES = 2 << 30
-
-# Peak dense bfloat16 FLOP/s of one JAX device, by its `device_kind`; from the vendors' datasheets.
-PEAK_FLOPS = {
-    "TPU v2": 22.5e12, "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12, "NVIDIA L40S": 362e12, "Tesla V100": 125e12,
-}  # fmt: skip
 
 
 def start(runtime: RuntimeConfig, num_parameters: int) -> None:
@@ -95,11 +87,12 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def resolve_dtype(config: ModelConfig) -> ModelConfig:
-    """With dtype "auto" replaced by what suits this device: float32 on a CPU, else bfloat16."""
+def resolve_dtype(config: ModelConfig, device: jax.Device | None = None) -> ModelConfig:
+    """With dtype "auto" replaced by what suits a device (None: JAX's first): float32 on a CPU, else
+    bfloat16."""
     if config.dtype != "auto":
         return config
-    cpu_only = jax.default_backend() == "cpu"
+    cpu_only = (device or jax.devices()[0]).platform == "cpu"
     return config.replace(dtype="float32" if cpu_only else "bfloat16")
 
 
@@ -115,16 +108,15 @@ def is_main_host() -> bool:
     return jax.process_index() == 0
 
 
-def describe() -> str:
-    """ "2 x cpu", "32 x TPU v4 on 4 hosts", ..."""
-    on_hosts = f" on {host_count()} hosts" if host_count() > 1 else ""
-    return f"{device_count()} x {jax.devices()[0].device_kind}{on_hosts}"
+def describe(devices: Sequence[jax.Device] | None = None) -> str:
+    """ "2 x cpu", "32 x TPU v4 on 4 hosts", ...; None: those that JAX has."""
+    devices = jax.devices() if devices is None else devices
+    hosts = len({device.process_index for device in devices})
+    return f"{len(devices)} x {devices[0].device_kind}{f' on {hosts} hosts' if hosts > 1 else ''}"
 
 
 def peak_flops() -> float | None:
     """bfloat16 FLOP/s of all devices together; None where that is not known."""
     devices = jax.devices()
-    kind = devices[0].device_kind
-    # The longest name that fits: "NVIDIA H100 80GB HBM3" is an H100, not an L4.
-    names = [n for n in PEAK_FLOPS if kind == n or kind.startswith((n + " ", n + "-"))]
-    return PEAK_FLOPS[max(names, key=len)] * len(devices) if names else None
+    chip = chips.find(devices[0].device_kind)
+    return chip.flops * len(devices) if chip else None

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
 import pytest
 from helpers import TRAIN, assert_one_clear_line
 
 import gptjax
 from gptjax.config import PRESETS, ModelConfig, TrainConfig
-from gptjax.devices import memory
+from gptjax.devices import dry_run, memory
 from gptjax.errors import RunError
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
@@ -16,11 +17,13 @@ from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 CONFIG = TrainConfig(ModelConfig(1, 4, 128, block_size=512, vocab_size=501), batch_size=8)
 
 
+def needs_of(config, runtime):
+    return memory.of_program(memory.compile_step(config, runtime))
+
+
 @pytest.fixture(scope="module")
 def needs():
-    return {
-        kind: memory.step_memory(CONFIG, RuntimeConfig(strategy=kind)) for kind in ("pmap", "fsdp")
-    }
+    return {kind: needs_of(CONFIG, RuntimeConfig(strategy=kind)) for kind in ("pmap", "fsdp")}
 
 
 @pytest.mark.parametrize(("strategy", "share"), [("pmap", 1), ("fsdp", 8)])
@@ -42,22 +45,21 @@ def test_fsdp_needs_less_of_each_device_for_everything():
     wide = dataclasses.replace(PRESETS["gpt2"], n_layer=4, block_size=128)
     config, compute = TrainConfig(wide, batch_size=8), ComputeConfig(remat=True)
     whole, shared = (
-        memory.step_memory(config, RuntimeConfig(strategy=kind, compute=compute))
-        for kind in ("pmap", "fsdp")
+        needs_of(config, RuntimeConfig(strategy=kind, compute=compute)) for kind in ("pmap", "fsdp")
     )
     assert shared.state < whole.state / 7.9 and shared.step < whole.step / 1.4
 
 
 def test_a_dry_run_says_whether_each_device_has_enough(capsys):
     config = TrainConfig(ModelConfig(0, 4, 64, block_size=32, vocab_size=96), batch_size=8)
-    memory.dry_run(config, RuntimeConfig(device_memory=1, strategy="fsdp"))
+    dry_run.print_needs(config, RuntimeConfig(device_memory=1, strategy="fsdp"), jax.devices())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "model      8,192 parameters, batch 8 x 32"  # (96 + 32) x 64
     assert lines[1].startswith("devices    8 x cpu, fsdp, computing in float32; compiled in")
     assert lines[2].startswith("each       0.00 GiB for the state,")
     assert lines[3] == "it fits: each device needs 0.00 GiB of 1.00 GiB (--device-memory)"
     with pytest.raises(RunError, match=r"it does not fit: each device needs 0\.00 GiB of 0\.00"):
-        memory.dry_run(config, RuntimeConfig(device_memory=1e-5))
+        dry_run.print_needs(config, RuntimeConfig(device_memory=1e-5), jax.devices())
 
 
 def test_the_memory_of_a_cpu_is_shared_by_its_devices():

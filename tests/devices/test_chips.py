@@ -1,0 +1,32 @@
+"""The vendors' numbers, by the names that JAX gives devices."""
+
+import os
+
+import pytest
+
+from gptjax.devices import chips
+
+
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v4", 275e12), ("TPU v6 lite", 918e12),
+     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12),
+     ("NVIDIA L40S", 362e12), ("Tesla V100-SXM2-16GB", 125e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+     ("NVIDIA L40", None), ("cpu", None), ("TPU v9", None)],
+)  # fmt: skip
+def test_a_device_is_found_by_its_longest_name(kind, flops):
+    chip = chips.find(kind)
+    assert (chip and chip.flops) == flops
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_the_tpu_library_is_told_only_where_there_is_no_tpu(monkeypatch, attached):
+    monkeypatch.setattr(chips.glob, "glob", lambda pattern: ["/dev/accel0"] * attached)
+    for name in chips.NO_TPUS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
+    chips.quieten_tpu_library()
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+    assert ("TPU_SKIP_MDS_QUERY" in os.environ) == (not attached)
+    for name in chips.NO_TPUS:
+        monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,89 @@
+"""What a program costs, loops counted as often as they run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gptjax import train_step
+from gptjax.config import ModelConfig, TrainConfig
+from gptjax.devices import memory, roofline
+from gptjax.runtime_config import ComputeConfig, RuntimeConfig
+
+N = 64
+
+
+def program(function, *shapes):
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return roofline.Program(jax.jit(function).lower(*shapes).compile().as_text())
+
+
+def test_a_matrix_product_is_two_operations_a_pair():
+    cost = program(jnp.matmul, (N, 2 * N), (2 * N, 3 * N)).cost()
+    assert cost.flops == 2 * N * 2 * N * 3 * N
+    assert cost.bytes == 4 * (N * 2 * N + 2 * N * 3 * N + N * 3 * N)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_loop_counts_as_often_as_it_runs(nested):
+    def layer(x, w):
+        if nested:  # 5 products more, each time
+            x = jax.lax.fori_loop(0, 5, lambda _, x: jnp.tanh(x @ w), x)
+        return x @ w, None
+
+    cost = program(lambda x, ws: jax.lax.scan(layer, x, ws)[0], (N, N), (7, N, N)).cost()
+    products = 7 * (6 if nested else 1)
+    assert cost.flops == pytest.approx(products * 2 * N**3, rel=0.05)
+    # Each reads two matrices and writes one; a little more moves besides.
+    assert products * 12 * N**2 <= cost.bytes < 3 * products * 12 * N**2
+
+
+def test_a_scanned_model_costs_what_the_unrolled_one_does():
+    config = TrainConfig(ModelConfig(6, 2, 64, block_size=64, vocab_size=128), batch_size=8)
+    unrolled, scanned = (
+        roofline.Program(
+            memory.compile_step(
+                config, RuntimeConfig(compute=ComputeConfig(scan_unroll=unroll))
+            ).as_text()
+        ).cost()
+        for unroll in (6, 1)
+    )
+    assert scanned.flops == pytest.approx(unrolled.flops, rel=0.02)
+    # 6 operations a parameter and token, and attention: the model's own count.
+    expected = config.model.flops_per_token() * config.model.block_size
+    assert unrolled.flops == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("strategy", ["pmap", "fsdp"])
+def test_what_devices_send_is_known(strategy):
+    config = TrainConfig(ModelConfig(2, 2, 64, block_size=32, vocab_size=128), batch_size=8)
+    compiled = memory.compile_step(config, RuntimeConfig(strategy=strategy))
+    sent = roofline.Program(compiled.as_text()).collectives()
+    parameters = jax.eval_shape(functools.partial(train_step.init_state, config)).params
+    size = 4 * sum(x.size for x in jax.tree.leaves(parameters))
+    if strategy == "pmap":  # the gradients, and some single numbers
+        assert sent["all-reduce"] == pytest.approx(size, abs=200)
+    else:  # the matrices, before the forward and before the backward pass at least
+        assert sent["all-gather"] > size
+
+
+def test_asynchronous_results_are_counted_once():
+    text = """HloModule m
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %a = (f32[8], f32[32]) all-gather-start(%g), channel_id=7, dimensions={0}
+  %b = f32[32] all-gather-done(%a)
+}
+
+%test (p: (s32[], f32[8])) -> pred[] {
+  %n = s32[] constant(12)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%t), condition=%test, body=%body
+  %r = (bf16[4,4], f32[2]) all-reduce(%u, %v), channel_id=9, to_apply=%sum
+}
+"""
+    assert roofline.Program(text).collectives() == {"all-gather": 12 * 128, "all-reduce": 32 + 8}
