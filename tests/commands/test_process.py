@@ -125,3 +125,21 @@ def test_closed_streams_are_no_failure(command, tmp_path, cache_dir):
     shell = f"{sys.executable} -m gptjax --version >&- 2>&- <&-"
     result = subprocess.run(shell, shell=True, env=helpers.command_environment(cache_dir))
     assert result.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_locale_without_utf8_changes_no_text_and_no_path(command, tmp_path):
+    ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "zü.txt").write_text("Zürich ☃ an der Limmat\n" * 200, encoding="utf-8")
+    flags = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --max-steps 4"
+    more = "--eval-batches 2 --sample-tokens 3 --data.source zü.txt --run-dir rü"
+    trained = command(helpers.TRAIN, *flags.split(), *more.split(), **ascii_only)
+    assert trained.returncode == 0 and not trained.stderr, trained.stderr
+    printed = trained.stdout.splitlines()[-1]
+    assert printed.endswith(r"--run-dir $'r\xc3\xbc' --num-samples 3")
+    argv = [helpers.GENERATE, "rü", "--prompt", "Zür", "--max-new-tokens", "9", "--stop", "☃"]
+    there, here = command(*argv, **ascii_only), command(*argv)
+    assert here.returncode == there.returncode == 0, there.stderr
+    assert here.stdout.startswith("Zür")
+    shown = here.stdout.encode("ascii", "backslashreplace").decode()
+    assert there.stdout == shown  # the same text, as that terminal can show it
