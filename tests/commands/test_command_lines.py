@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -151,6 +152,7 @@ def _child(argv: list[str], environment: dict[str, str], folder: str) -> None:
     """The command, in a process that has imported everything before."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `program.end_on_interrupt`
     os.chdir(folder)
+    Path("begun").touch()
     for descriptor, name in enumerate(("/dev/null", "out", "err")):
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "r" if n == 0 else "w") for n in range(3))
@@ -177,7 +179,10 @@ def call(
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["gptjax.commands.train", "gptjax.launch", "gptjax.run"])
         child = server.Process(target=_child, args=(argv, whole, str(folder)), daemon=True)
+        (folder / "begun").unlink(missing_ok=True)
         child.start()
+        while not (folder / "begun").exists():  # not yet a command, which a signal could reach
+            time.sleep(0.01)
 
         def wait(seconds):
             child.join(seconds)
@@ -199,7 +204,7 @@ def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pyte
     count = pytestconfig.getoption("command_lines")
     ends = collections.Counter[tuple[str, int | None]]()
     failures = list[str]()  # all of them: a minute's search for one would be a pity
-    keep = {path.name for path in folder.iterdir()} | {"out", "err", "data"}
+    keep = {path.name for path in folder.iterdir()} | {"out", "err", "data", "begun"}
 
     @hypothesis.settings(
         max_examples=count, deadline=None, derandomize=True, database=None,
