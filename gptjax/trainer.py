@@ -259,7 +259,7 @@ class Trainer:
             if first:
                 self._call("on_phase", "compiling the training step")
                 program = self._train_step.compile(self.state, batch)
-                if warning := memory.shortage(memory.of_program(program), self.runtime):
+                if warning := memory.shortage(program, self.runtime):
                     self._call("on_note", warning)
             self.state, metrics = self._train_step(self.state, batch, self.stop())
             if first:

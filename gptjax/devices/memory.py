@@ -12,7 +12,7 @@ from gptjax import attention, train_step
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.devices import setup
 from gptjax.devices.strategy import get_strategy
-from gptjax.errors import UserError
+from gptjax.errors import RunError, UserError
 from gptjax.model import compute_dtype
 from gptjax.runtime_config import RuntimeConfig
 
@@ -50,8 +50,10 @@ def compile_step(
 
 
 def of_program(program: Any) -> StepMemory:
-    """Of a compiled training step, as XLA reports it."""
+    """Of a compiled training step, as XLA reports it. Raises RunError where it does not."""
     found = program.memory_analysis()
+    if found is None:
+        raise RunError(f"XLA does not tell the memory of programs for {jax.default_backend()}")
     # The new state takes the place of the old one.
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
     code = found.generated_code_size_in_bytes
@@ -75,8 +77,12 @@ def available(given: float | None) -> tuple[float, str]:
     return free / count, f"this machine's {name}{f' / {count}' if count > 1 else ''}"
 
 
-def shortage(found: StepMemory, runtime: RuntimeConfig) -> str:
-    """A warning, once the state has been made, where the rest may not fit; else ""."""
+def shortage(program: Any, runtime: RuntimeConfig) -> str:
+    """A warning, once the state has been made, where the step may not fit; else ""."""
+    try:
+        found = of_program(program)
+    except RunError:
+        return ""
     have, source = available(runtime.device_memory)
     if runtime.device_memory is None and jax.default_backend() == "cpu":
         have += found.state  # it is not free any more
