@@ -84,14 +84,16 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     _unwound.clear()
     listener, hook = interrupts.listen(_end_if_unheard), sys.unraisablehook
     sys.unraisablehook = _ignore_or_repeat
+    code = 0
     try:
         _allow_open_files()
-        command(sys.argv[1:], prog)
+        try:
+            command(sys.argv[1:], prog)
+        except SystemExit as end:
+            code = int(end.code or 0)
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error), error.exit_code)
-    except SystemExit as end:
-        return int(end.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         if _stopped_by.is_set() or isinstance(error, KeyboardInterrupt):
             return _end_stopped(error)
@@ -99,7 +101,7 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     finally:
         interrupts.listen(listener)
         sys.unraisablehook = hook
-    return 0
+    return code
 
 
 def _unexpected(error: Exception) -> int:
