@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint.experimental.v1 as ocp
 
-from gptjax import files
+from gptjax import files, interrupts
 from gptjax.devices import peer_failure
 from gptjax.errors import RunError, UserError, first_line, is_out_of_memory
 from gptjax.hashed_random import mix
@@ -194,7 +194,7 @@ class Checkpoints:
             self._orbax_directory  # noqa: B018 (there is a link to make)
             if jax.process_index() == 0:
                 self._write_metadata(step, metadata, digests)
-            with _save_options():
+            with interrupts.deferred(), _save_options():
                 self._saver.save_checkpointables_async(step, arrays, force=True)
             self._unverified = step, {name: _shapes(tree) for name, tree in arrays.items()}
         except Exception as error:  # of tensorstore, Orbax and the file system
@@ -233,10 +233,11 @@ class Checkpoints:
             RunError: a save failed.
         """
         try:
-            if "_saver" in self.__dict__:
-                self._saver.wait()
-            if self._unverified and jax.process_index() == 0:
-                self._verify(*self._unverified)
+            with interrupts.deferred():
+                if "_saver" in self.__dict__:
+                    self._saver.wait()
+                if self._unverified and jax.process_index() == 0:
+                    self._verify(*self._unverified)
         except Exception as error:  # as in `save`: what failed in the background is raised here
             raise self._save_failed(error) from error
         finally:
@@ -333,7 +334,8 @@ class Checkpoints:
         digests = self._read_record(step)["digests"]
         _say_errors_once()
         try:
-            loaded = ocp.load_checkpointables(self._orbax_directory / str(step), targets)
+            with interrupts.deferred():
+                loaded = ocp.load_checkpointables(self._orbax_directory / str(step), targets)
         except Exception as error:  # of tensorstore, Orbax and the file system
             if is_out_of_memory(error):
                 raise

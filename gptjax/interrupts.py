@@ -5,7 +5,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 GRACE = 1.0
 """Seconds in which the main thread shall have answered a signal."""
@@ -43,6 +43,28 @@ def _read(reading: int) -> None:
             if listener := _listener:
                 # In another thread: the next signal must be heard while this one is answered.
                 threading.Thread(target=listener, args=(received[0],), daemon=True).start()
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Signals that would raise an exception do so at the end of the block: a library would take it
+    for an error of its own work, and its caller for a damaged file."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def end(number: int, message: str) -> None:

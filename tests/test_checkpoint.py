@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import fuzz
@@ -148,6 +149,23 @@ def test_a_load_that_fails_leaves_no_traceback_behind(copied, command):
 def test_a_name_that_no_bucket_can_have_is_refused_at_once(name):
     with pytest.raises(UserError, match="in a bucket, a run's name cannot have any of"):
         Checkpoints(epath.Path(f"gs://bucket/{name}"), keep=1)
+
+
+def test_ctrl_c_while_loading_is_no_damage(whole, monkeypatch):
+    load = checkpoint.ocp.load_checkpointables
+
+    def interrupted(*args, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+        load(*args, **more)
+        raise RuntimeError("what a library makes of it")
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", interrupted)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):  # not Corrupted, after which another one is taken
+            restore(whole, 2)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_a_link_that_somebody_tidies_away_loses_no_checkpoint(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import helpers
+import pytest
 
 from gptjax import interrupts
 
@@ -45,3 +46,21 @@ def test_a_process_ends_though_nobody_reads(cache_dir):
         subprocess.run([sys.executable, "-c", script], env=environment, timeout=30).returncode
         == 130
     )
+
+
+def test_a_signal_waits_for_the_end_of_a_librarys_work():
+    done = []
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            done.append("the rest")
+        assert done and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+        with pytest.raises(KeyboardInterrupt), interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise ValueError("what a library makes of it")
+        thread = threading.Thread(target=lambda: interrupts.deferred().__enter__())
+        thread.start()
+        thread.join()  # elsewhere there is nothing to defer
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from gptjax import interrupts
 from gptjax.commands import terminal
 from gptjax.devices import chips, peer_failure
-from gptjax.errors import UserError, is_out_of_memory
+from gptjax.errors import UserError, first_line, is_out_of_memory
 
 ENVIRONMENT = {
     "JAX_ENABLE_X64": "0",
@@ -70,9 +70,6 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for number in _SIGNALS:  # a hangup before training just ends it
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _stop)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
@@ -86,17 +83,20 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     sys.unraisablehook = _ignore_or_repeat
     code = 0
     try:
+        for number in _SIGNALS:  # a hangup before training just ends it
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _stop)
         _allow_open_files()
         try:
             command(sys.argv[1:], prog)
         except SystemExit as end:
             code = int(end.code or 0)
         sys.stdout.flush()
-    except UserError as error:
-        return _fail(str(error), error.exit_code)
     except (Exception, KeyboardInterrupt) as error:
         if _stopped_by.is_set() or isinstance(error, KeyboardInterrupt):
             return _end_stopped(error)
+        if isinstance(error, UserError):
+            return _fail(str(error), error.exit_code)
         return _unexpected(error)
     finally:
         interrupts.listen(listener)
@@ -116,8 +116,16 @@ def _unexpected(error: Exception) -> int:
     if isinstance(error, OSError) and error.strerror is not None:
         where = error.filename or ("standard output" if _output_fails(error) else "")
         return _fail(str(UserError(f"{where}: {error.strerror}".removeprefix(": "))), 1)
+    if _is_of_jax_settings(error):
+        return _fail(f"an environment variable of JAX is wrong: {first_line(error)}", 2)
     _show_bug()  # ours, or a library's
     raise error
+
+
+def _is_of_jax_settings(error: Exception) -> bool:
+    """Whether JAX has refused what a variable says, while it was imported."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frames[-1].filename.endswith("jax/_src/config.py")
 
 
 def _output_fails(error: OSError) -> bool:

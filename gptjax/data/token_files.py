@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ class TokenFile:
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self.dtype = path, dtype
         self._file = path.open("rb")
+        weakref.finalize(self, self._file.close)
         self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
 
     def __len__(self) -> int:

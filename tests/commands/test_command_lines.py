@@ -221,7 +221,9 @@ def test_any_command_line_has_a_result_or_one_clear_line(folder, cache_dir, pyte
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         # -2: it was still importing what answers Ctrl-C.
         fine = result.returncode in (0, 130, -2) and not errors
-        if result.returncode in (1, 2):
+        if "Unknown flag in XLA_FLAGS" in result.stderr:
+            fine = True  # XLA ends the process itself, with this line
+        elif result.returncode in (1, 2):
             fine = len(errors) == 1 and len(errors[0]) < 3100
         if not fine or "Traceback" in result.stderr + result.stdout:
             failures.append(f"{drawn}: {result.returncode}\n{result.stderr[-3000:]}")

@@ -70,6 +70,12 @@ def test_a_full_disk_under_the_output_is_named(command, cache_dir, tmp_path):
         helpers.assert_one_clear_line(result, said, code=1)
 
 
+def test_a_wrong_variable_of_jax_is_one_clear_line(command):
+    for variable in ({"JAX_NUM_CPU_DEVICES": "x"}, {"JAX_ENABLE_COMPILATION_CACHE": "maybe"}):
+        result = command("-m", "gptjax", "evaluate", "run", "--text", "text.txt", **variable)
+        helpers.assert_one_clear_line(result, "an environment variable of JAX is wrong", "nvalid")
+
+
 def test_a_long_name_is_shortened_in_a_message(command):
     result = command("-m", "gptjax", "report", "x" * 5000)
     helpers.assert_one_clear_line(result, "xxx ... xxx", code=result.returncode)

@@ -1,5 +1,6 @@
 """Opening prepared sets, ours and nanoGPT's, whole or damaged."""
 
+import gc
 import json
 import os
 import pickle
@@ -17,6 +18,15 @@ from gptjax.data import tokenizers
 from gptjax.data.token_files import TokenFile, load, read_tokenizer
 from gptjax.data.tokenizers import CharTokenizer
 from gptjax.errors import RunError, UserError
+
+
+def test_a_token_file_is_closed_with_its_last_reader(tmp_path):
+    (tmp_path / "x.bin").write_bytes(bytes(8))
+    tokens = TokenFile(tmp_path / "x.bin", np.dtype("<u2"))
+    file = tokens._file
+    del tokens
+    gc.collect()
+    assert file.closed
 
 
 def test_a_truncated_token_file_is_a_clear_error(tmp_path):
