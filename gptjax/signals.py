@@ -9,6 +9,9 @@ from gptjax.devices import setup
 from gptjax.program import STOP_SIGNALS
 from gptjax.trainer import Callback, Trainer
 
+TO_END = 4.0
+"""Seconds from a request to stop, before a step was taken, to the end of training."""
+
 
 class StopSignal(Callback):
     """From the start of training until `close`, STOP_SIGNALS only set `number`: to the last of
@@ -43,10 +46,12 @@ class StopSignal(Callback):
         if self._asked and number == signal.SIGINT:
             interrupts.end(number, "stopped at once")
         self._asked = True
-        if self._trainer.first_step_seconds is None and setup.host_count() == 1:
-            # It is compiling, say; if not, it ends by itself.
+        if setup.host_count() == 1 and self._trainer.first_step_seconds is None:
             time.sleep(interrupts.GRACE)
-            interrupts.end(number, "stopped before a step was taken")
+            if self.number:  # Python has heard, and will end by itself unless it compiles next
+                time.sleep(TO_END)
+            if self._trainer.first_step_seconds is None:  # it is compiling, say
+                interrupts.end(number, "stopped before a step was taken")
         interrupts.say(
             f"\n{signal.Signals(number).name}: finishing the current step, then saving; press"
             " Ctrl-C to quit at once"

@@ -91,13 +91,18 @@ def test_a_stop_during_an_evaluation_loses_nothing(evaluating, flags, tmp_path, 
 
 
 def test_a_stop_in_the_evaluation_of_step_1_loses_no_row(flags, tmp_path, cache_dir):
-    process = start(
-        tmp_path, cache_dir, *flags, *RUN, "--eval-interval", "1", "--max-steps", "2"
-    )  # fmt: skip
-    wait_for(process, "step 0: validation")
-    time.sleep(0.7)
-    process.send_signal(signal.SIGTERM)
-    assert "saved step 1. Resume" in finish(process).stdout
+    for delay in (0.7, 2.0, 5.0):  # until the step is compiled; its evaluation takes seconds
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        process = start(
+            tmp_path, cache_dir, *flags, *RUN, "--eval-interval", "1", "--max-steps", "2"
+        )  # fmt: skip
+        wait_for(process, "step 0: validation")
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        out = finish(process).stdout
+        if "saved step" in out:
+            break
+    assert "saved step 1. Resume" in out
     resumed(tmp_path, cache_dir)
     assert [row["step"] for row in helpers.logged(tmp_path / "run")] == [0, 1, 2]
 
