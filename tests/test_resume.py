@@ -115,7 +115,7 @@ def test_dtype_is_decided_at_the_start_and_kept(tiny, train_tiny, complete, monk
     auto = tiny.config.replace({"max_steps": 13})
     assert auto.model.dtype == "auto"
 
-    def as_on_a_gpu(model):
+    def as_on_a_gpu(model, device=None):
         return dataclasses.replace(model, dtype="bfloat16") if model.dtype == "auto" else model
 
     monkeypatch.setattr(setup, "resolve_dtype", as_on_a_gpu)
