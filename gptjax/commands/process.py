@@ -24,8 +24,10 @@ ENVIRONMENT = {
     "JAX_THREEFRY_PARTITIONABLE": "1",
     "JAX_RANDOM_SEED_OFFSET": "0",
     "JAX_TRANSFER_GUARD": "allow",
+    "JAX_DISABLE_JIT": "0",
 }
-"""For the whole process what `numerics.standard` is for a function: others change our numbers."""
+"""For the whole process what `numerics.standard` is for a function: others change our numbers. And
+`pmap` over several devices needs the compiler."""
 
 QUIET = "3"
 """For TF_CPP_MIN_LOG_LEVEL, unless the user has set it: XLA writes to stderr that a compilation is

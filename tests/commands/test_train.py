@@ -258,6 +258,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(
 
 
 OTHERS = {
+    "JAX_DISABLE_JIT": "1",
     "JAX_ENABLE_X64": "1",
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
