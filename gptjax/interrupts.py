@@ -5,7 +5,11 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, NoReturn
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Ctrl-C, a request to end, a lost terminal, and what SLURM sends before a job's time is over."""
 
 GRACE = 1.0
 """Seconds in which the main thread shall have answered a signal."""
@@ -53,8 +57,7 @@ def deferred() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
     for number in handlers:
         signal.signal(number, lambda number, _: received.append(number))
@@ -72,11 +75,15 @@ def end(number: int, message: str) -> None:
     leave(128 + number, message)
 
 
-def leave(code: int, message: str = "") -> None:
-    """End the process here and now, whether or not somebody reads `message`."""
+def leave(code: int, message: str = "", streams: Sequence[IO[str]] = ()) -> NoReturn:
+    """End the process here and now, without Python's farewell, whether or not somebody reads
+    `message` and what is left in `streams`."""
     timer = threading.Timer(1, os._exit, [code])
     timer.daemon = True
     timer.start()
+    for stream in streams:
+        with contextlib.suppress(OSError):
+            stream.flush()
     say(message)
     os._exit(code)
 

@@ -103,9 +103,11 @@ def open_data(
     Raises:
         UserError: there is no such text or set, or it does not fit the model.
     """
-    with console.status("finding the text"):  # which may have to be downloaded
-        made = None if config.data.dir else prepare.default_dir(config.data)
-    folder = made or files.path(config.data.dir or "")
+    if config.data.dir:
+        folder = files.path(config.data.dir)
+    else:
+        with console.status("finding the text"):  # which may have to be downloaded
+            folder = prepare.default_dir(config.data)
     if tokenizer and not config.data.dir and not prepare.is_made_with(folder, tokenizer):
         folder = prepare.default_dir(config.data, tokenizer)
     if not folder.exists():

@@ -1,14 +1,10 @@
-"""How this program was called, for the commands that it prints (each must run as printed), and the
-signals that stop it."""
+"""How this program was called, for the commands that it prints: each must run as printed."""
 
 import os
 import shlex
 import signal
 import sys
 from pathlib import Path
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""Ctrl-C, a request to end, a lost terminal, and what SLURM sends before a job's time is over."""
 
 
 def command(name: str, *arguments: object) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gptjax import interrupts
 from gptjax.devices import setup
-from gptjax.program import STOP_SIGNALS
+from gptjax.interrupts import STOP_SIGNALS
 from gptjax.trainer import Callback, Trainer
 
 TO_END = 4.0

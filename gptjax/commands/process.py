@@ -53,14 +53,8 @@ OUT_OF_MEMORY = (
 def start(command: Callable[[list[str], str], None], prog: str) -> NoReturn:
     """`run`, as the whole process."""
     if code := run(command, prog):
-        # Without Python's farewell: what XLA's threads still work at would crash in it.
-        timer = threading.Timer(2, os._exit, [code])  # in case nobody reads our output
-        timer.daemon = True
-        timer.start()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
-        os._exit(code)
+        # Python's farewell would crash where XLA's threads are still at work.
+        interrupts.leave(code, streams=(sys.stdout, sys.stderr))
     sys.exit()
 
 
@@ -85,7 +79,7 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     sys.unraisablehook = _ignore_or_repeat
     code = 0
     try:
-        for number in _SIGNALS:  # a hangup before training just ends it
+        for number in _SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, _stop)
         _allow_open_files()
@@ -158,7 +152,8 @@ def _allow_open_files() -> None:
         )
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# A hangup before training just ends it.
+_SIGNALS = tuple(number for number in interrupts.STOP_SIGNALS if number != signal.SIGHUP)
 _stopped_by, _unwound = threading.Event(), threading.Event()
 
 UNWINDING = 3.0

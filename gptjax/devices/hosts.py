@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from gptjax.devices import peer_failure
 from gptjax.errors import RunError, UserError, first_line
-from gptjax.program import STOP_SIGNALS
+from gptjax.interrupts import STOP_SIGNALS
 from gptjax.runtime_config import DistributedConfig
 
 SHUTDOWN_TIMEOUT = 600
