@@ -5,11 +5,12 @@ Letters in shape comments: B batch, H heads, T queries, S keys, D head size.
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
+from gptjax import flash_attention
 from gptjax.config import ModelConfig
 from gptjax.runtime_config import ComputeConfig
 
@@ -19,31 +20,42 @@ difference of two such scores is NaN.)"""
 
 
 def choose(
-    config: ModelConfig, compute: ComputeConfig, *, train: bool
-) -> tuple[Literal["xla", "cudnn"], str]:
-    """(kernel, why): "cudnn", flash attention, where it can compute this model on the first
-    device; else "xla". `config.dtype` is resolved already."""
+    config: ModelConfig, compute: ComputeConfig, device: Any = None, *, train: bool
+) -> tuple[Literal["xla", "cudnn", "splash"], str]:
+    """(kernel, why): a flash attention kernel where it can compute this model on `device` (None:
+    JAX's first); else "xla". `config.dtype` is resolved already."""
     if compute.attention == "xla":
         return "xla", "asked for"
-    device = jax.devices()[0]
+    device = device or jax.devices()[0]
     nvidia = device.platform == "gpu" and "rocm" not in device.client.platform_version.lower()
     ampere = nvidia and float(device.compute_capability) >= 8.0
+    tpu = device.platform == "tpu"
+    kernel = compute.attention if compute.attention != "auto" else "splash" if tpu else "cudnn"
+    name = {"splash": "splash attention", "cudnn": "cuDNN"}[kernel]
+    cudnn = kernel == "cudnn"
     obstacles = [
-        (not nvidia, "cuDNN needs an NVIDIA GPU"),
-        (nvidia and not ampere, "cuDNN needs compute capability 8.0"),
-        (config.dtype != "bfloat16", "cuDNN needs bfloat16"),
+        (cudnn and not nvidia, "needs an NVIDIA GPU"),
+        (cudnn and nvidia and not ampere, "needs compute capability 8.0"),
+        (not cudnn and not tpu, "needs a TPU"),
+        (config.dtype != "bfloat16", "needs bfloat16"),
         (
-            config.head_size > 128 or config.head_size % 8 != 0,
-            "cuDNN needs a head size that is a multiple of 8 up to 128",
+            cudnn and (config.head_size > 128 or config.head_size % 8 != 0),
+            "needs a head size that is a multiple of 8 up to 128",
         ),
-        (config.block_size % 2 != 0, "cuDNN needs an even block_size"),
-        (train and config.dropout > 0, "cuDNN cannot apply our attention dropout"),
-        ("banded" in config.attention_pattern, "cuDNN needs one window for all layers"),
+        (cudnn and config.block_size % 2 != 0, "needs an even block_size"),
+        (train and config.dropout > 0, "cannot apply our attention dropout"),
+        (
+            cudnn and compute.attention == "auto" and "banded" in config.attention_pattern,
+            "has a window for banded layers, but it is not yet tried: ask with --attention cudnn",
+        ),
     ]
-    reasons = [reason for applies, reason in obstacles if applies]
+    reasons = [f"{name} {reason}" for applies, reason in obstacles if applies]
     if reasons:
         return "xla", ", ".join(reasons)
-    return "cudnn", "flash attention"
+    if cudnn:
+        return "cudnn", "flash attention"
+    size = flash_attention.block(config.block_size)
+    return "splash", f"flash attention, in blocks of {size} x {size}"
 
 
 def attend(
@@ -75,11 +87,3 @@ def attend(
         visible &= distance < window
     weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
     return jnp.einsum("bhts,bhsd->bhtd", dropout(weights), v)
-
-
-def attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`attend` with start 0, no window and no dropout, in one kernel that never holds all scores
-    at once (Dao et al., arXiv:2205.14135). bfloat16 [B, H, T, D]."""
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-    return y.transpose(0, 2, 1, 3)

@@ -61,9 +61,10 @@ def train(
     # Imported weights have no schedule of their own: theirs begins here.
     trained = saved is not None and saved.data_fingerprint is not None
     config = resume.resolve(config, saved.config if saved and trained else None, devices[0])
-    kernel, why = attention.choose(config.model, runtime.compute, train=True)
-    if runtime.compute.attention == "cudnn" and kernel != "cudnn":
-        raise UserError(f"--attention cudnn does not fit here: {why}")
+    asked = runtime.compute.attention
+    kernel, why = attention.choose(config.model, runtime.compute, devices[0], train=True)
+    if asked not in ("auto", kernel):
+        raise UserError(f"--attention {asked} does not fit here: {why}")
     if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
         model = config.model.replace(vocab_size=vocab_size)
         dry_run.print_needs(config.replace(model=model), runtime, devices)

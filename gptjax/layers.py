@@ -14,7 +14,6 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.hashed_random import dropout_mask
 from gptjax.runtime_config import ComputeConfig
-from gptjax.sharding import dot_with_gathered_weights
 
 INIT_STD = 0.02
 LAYER_NORM_EPSILON = 1e-5  # GPT-2's and torch's; linen's default is 1e-6
@@ -77,7 +76,6 @@ class Part(nn.Module):
             use_bias=use_bias,
             dtype=compute_dtype(self.config),
             kernel_init=nn.initializers.normal(std),
-            dot_general=dot_with_gathered_weights,
             name=name,
         )
 

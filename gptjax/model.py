@@ -8,23 +8,21 @@ Parameter names are GPT-2's (wte, wpe, h, ln_1, attn/c_attn, ...); those of the 
 along a leading L axis, because one block is compiled and scanned over them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.attention import attend, attend_with_cudnn
+from gptjax import flash_attention, head, remat, sharding
+from gptjax.attention import attend
 from gptjax.cache import Cache, LayerCache, append
 from gptjax.config import ModelConfig
 from gptjax.layers import INIT_STD, Part, compute_dtype, gelu, sinusoids
 from gptjax.runtime_config import ComputeConfig
-from gptjax.sharding import (
-    gather_weights,
-    is_sharded,
-    keep_by_sequence,
-    saves_no_gathered_weights,
-)
 
 Params = Any
 """A nested dict of float32 arrays, as Flax makes it."""
@@ -52,10 +50,13 @@ class CausalSelfAttention(Part):
         `window` []: how many tokens back this layer looks, the current one included."""
         config, b = self.config, call.rows.size
         qkv = self.dense("c_attn", 3 * config.n_embd, use_bias=config.use_qkv_bias)(x)
-        qkv = qkv.reshape(b, -1, 3, config.n_head, config.head_size)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, H, T, D] each
-        if self.compute.attention == "cudnn" and cache is None and call.only is None:
-            y = attend_with_cudnn(q, k, v)
+        q, k, v = (
+            part.reshape(b, -1, config.n_head, config.head_size).transpose(0, 2, 1, 3)
+            for part in jnp.split(checkpoint_name(qkv, "qkv"), 3, axis=-1)
+        )  # [B, H, T, D] each
+        kernel = self.compute.attention
+        if kernel in ("cudnn", "splash") and cache is None and call.only is None:
+            y = flash_attention.attend(kernel, q, k, v, window, config.windows)
         else:
             k, v, cache = append(cache, k, v, call.start)
             start = call.start
@@ -63,7 +64,7 @@ class CausalSelfAttention(Part):
                 q, start = jax.lax.dynamic_slice_in_dim(q, call.only, 1, 2), start + call.only
             reach = window if "banded" in config.attention_pattern else None
             y = attend(q, k, v, start, reach, lambda weights: self.dropout(weights, call.rows))
-        y = y.transpose(0, 2, 1, 3).reshape(-1, config.n_embd)
+        y = checkpoint_name(y.transpose(0, 2, 1, 3).reshape(-1, config.n_embd), "attention")
         y = self.dense("c_proj", config.n_embd, use_bias=config.bias, residual=True)(y)
         return self.dropout(y, call.rows), cache
 
@@ -76,7 +77,7 @@ class MLP(Part):
         """x [N, C] -> [N, C]."""
         config = self.config
         x = self.dense("c_fc", 4 * config.n_embd, use_bias=config.bias)(x)
-        x = gelu(x, config.gelu)
+        x = gelu(checkpoint_name(x, "hidden"), config.gelu)
         x = self.dense("c_proj", config.n_embd, use_bias=config.bias, residual=True)(x)
         return self.dropout(x, call.rows)
 
@@ -90,13 +91,12 @@ class Block(Part):
     ) -> tuple[jax.Array, LayerCache]:
         """As `CausalSelfAttention`."""
         parts = (self.config, self.compute, self.train)
-        x = keep_by_sequence(x)
         attention = CausalSelfAttention(*parts, name="attn")
         y, cache = attention(self.layer_norm("ln_1")(x), call, cache, window)
         if call.only is not None:
             x = x.reshape(call.rows.size, -1, self.config.n_embd)
             x = jax.lax.dynamic_index_in_dim(x, call.only, axis=1, keepdims=False)
-        x = x + y
+        x = checkpoint_name(x + y, "middle")
         return x + MLP(*parts, name="mlp")(self.layer_norm("ln_2")(x), call), cache
 
 
@@ -105,6 +105,8 @@ class GPT(Part):
 
     stacked: bool = True
     """Whether the blocks' parameters are stacked ("h") or apart ("h_0", ...; `decode_layout`)."""
+    gather_block: Callable[[Any], Any] | None = None
+    """Makes a block's variables whole, where a device has parts of them (`sharding`)."""
 
     @nn.compact
     def __call__(
@@ -113,8 +115,8 @@ class GPT(Part):
         cache: Cache | None = None,
         rows: jax.Array | None = None,
         logits_at: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
-        """See `apply`."""
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        """See `features`."""
         config = self.config
         assert config.vocab_size is not None, "vocab_size is unknown until a tokenizer is chosen"
         (b, t), dtype = tokens.shape, compute_dtype(config)
@@ -131,24 +133,19 @@ class GPT(Part):
         call = Call(jnp.arange(b) if rows is None else rows, start)
 
         positions = jax.lax.dynamic_slice_in_dim(wpe, start, t)
-        x = keep_by_sequence(gather_weights(wte)[tokens]) + positions  # [B, T, C]
-        x = self.dropout(x.astype(dtype), call.rows)
+        x = self.dropout((wte[tokens] + positions).astype(dtype), call.rows)  # [B, T, C]
         if config.n_layer:
             # XLA's CPU matmuls are much faster on two axes than on three.
             x, cache = self.blocks(x.reshape(b * t, config.n_embd), call, cache, logits_at)
-            x = self.layer_norm("ln_f")(keep_by_sequence(x)).reshape(b, -1, config.n_embd)
+            x = self.layer_norm("ln_f")(x).reshape(b, -1, config.n_embd)
         if logits_at is not None and x.shape[1] > 1:
             x = jax.lax.dynamic_slice_in_dim(x, logits_at, 1, axis=1)
-        head = wte
+        output = wte
         if not config.tied_head:
-            head = self.param("lm_head", init, (config.padded_vocab_size, config.n_embd))
-        x = x.reshape(-1, config.n_embd)
-        head = gather_weights(head.astype(dtype))
-        logits = jnp.einsum("nc,vc->nv", x, head, preferred_element_type=jnp.float32)
-        logits = logits.reshape(b, -1, head.shape[0])[..., : config.vocab_size]
+            output = self.param("lm_head", init, (config.padded_vocab_size, config.n_embd))
         if cache is not None:
             cache = cache._replace(length=start + t)
-        return logits, cache
+        return x, output.astype(dtype), cache
 
     def blocks(
         self, x: jax.Array, call: Call, cache: Cache | None, logits_at: jax.Array | None
@@ -169,12 +166,13 @@ class GPT(Part):
             layers = None if layers is None else tuple(zip(*filled, strict=True))
         else:
             block: Any = Block
-            if self.compute.remat:
-                block = nn.remat(Block, prevent_cse=False)
-            elif is_sharded() and self.train:
-                block = nn.remat(Block, prevent_cse=False, policy=saves_no_gathered_weights)
-            # Remat saves memory only inside a loop: in unrolled code XLA merges the recomputation.
-            loops = self.compute.remat or config.n_layer > 12
+            compute = remat.resolve(
+                self.compute, config.n_layer, loop=self.gather_block is not None
+            )
+            if self.gather_block:
+                block = nn.map_variables(Block, "params", self.gather_block)
+            if policy := remat.policy(str(compute.remat)):
+                block = nn.remat(block, prevent_cse=False, policy=policy)
             scan = nn.scan(
                 block,
                 # So that Flax can capture intermediates.
@@ -182,7 +180,7 @@ class GPT(Part):
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=config.n_layer,
-                unroll=self.compute.scan_unroll or (1 if loops else config.n_layer),
+                unroll=compute.scan_unroll,
             )
             x, layers = scan(*parts, name="h")(x, call, layers, windows)
         if cache is not None:
@@ -190,7 +188,7 @@ class GPT(Part):
         return x, cache
 
 
-def apply(
+def features(
     config: ModelConfig,
     params: Params,
     tokens: jax.Array,
@@ -200,14 +198,41 @@ def apply(
     dropout_key: jax.Array | None = None,
     rows: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, Cache | None]:
+    """As `apply`, with ([B, T, C], the head's matrix [V or more, C]) in place of their product."""
+    gather_block = None
+    if sharding.is_mapped():
+        axes = shared_axes(config, params)
+        params = {  # those outside the blocks
+            name: x if name == "h" else sharding.gather(x, axes[name], jnp.float32)
+            for name, x in params.items()
+        }
+        # Without the leading axis of layers, which is never shared out.
+        own = jax.tree.map(lambda axis: max(axis - 1, sharding.WHOLE), axes.get("h"))
+
+        def gather_block(variables: Any) -> Any:
+            found = dict(variables["params"])
+            return {"params": sharding.gather(found, own, compute_dtype(config))}
+
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    gpt = GPT(config, compute, bool(rngs), "h_0" not in params, gather_block)
+    return gpt.apply({"params": params}, tokens, cache, rows, logits_at, rngs=rngs)  # type: ignore
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: Cache | None = None,
+    **options: Any,
 ) -> tuple[jax.Array, Cache | None]:
     """Next-token logits after each token.
 
     Args:
         tokens: int32 [B, T]. They follow the `cache.length` tokens in the cache.
         cache: from `init_cache`, or from the call before; it must have room for the T tokens.
-        compute: how to compute it, as `attention.choose` found possible: "cudnn" has no dropout of
-            attention weights and no banded layers. "auto" is XLA here.
+        compute: how to compute it, as `attention.choose` found possible: the kernels of
+            `flash_attention` have no dropout of attention weights. "auto" is XLA here.
         dropout_key: given in training; the mask follows from it and from `rows`.
         rows: int32 [B]: the sequences' numbers in the global batch; None: 0 ... B - 1.
         logits_at: int32 []; only this position's logits are computed, as [B, 1, V].
@@ -221,9 +246,16 @@ def apply(
     With `n_layer` 0 this is an embedding and a linear layer: there is no residual stream to
     normalise, so no final LayerNorm either.
     """
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    gpt = GPT(config, compute, train=bool(rngs), stacked="h_0" not in params)
-    return gpt.apply({"params": params}, tokens, cache, rows, logits_at, rngs=rngs)  # type: ignore
+    x, output, cache = features(config, params, tokens, cache, **options)
+    return head.logits(x, output, config.vocab_size), cache
+
+
+def shared_axes(config: ModelConfig, params: Params) -> Any:
+    """For each parameter the axis along which it is a part of the whole one (`sharding.axes`)."""
+    if not sharding.is_mapped():
+        return jax.tree.map(lambda _: sharding.WHOLE, params)
+    whole = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    return sharding.axes(params, whole)
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:

@@ -39,15 +39,27 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def optimizer(config: TrainConfig, rate: jax.Array | float = 0.0) -> optax.GradientTransformation:
+def optimizer(
+    config: TrainConfig, rate: jax.Array | float = 0.0, norm: jax.Array | None = None
+) -> optax.GradientTransformation:
     """Clip, then AdamW (arXiv:1711.05101).
 
     `rate` is the learning rate of this update (`init` needs none). It is passed in, not computed
-    from a count inside: so there is one step counter, the train state's.
+    from a count inside: so there is one step counter, the train state's. So is the `norm`
+    of gradients of which a device has a part only.
     """
     opt = config.optimizer
+
+    def clip(grads: Any, _: Any = None) -> Any:
+        if not opt.grad_clip:
+            return grads
+        size = optax.tree.norm(grads) if norm is None else norm
+        return jax.tree.map(
+            lambda x: jnp.where(size < opt.grad_clip, x, x / size * opt.grad_clip), grads
+        )
+
     direction = optax.chain(
-        optax.clip_by_global_norm(opt.grad_clip) if opt.grad_clip else optax.identity(),
+        optax.stateless(clip),
         optax.scale_by_adam(opt.beta1, opt.beta2),
         optax.add_decayed_weights(opt.weight_decay, decay_mask),
     )

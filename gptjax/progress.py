@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gptjax import console, program
+from gptjax import console, program, remat
 from gptjax.devices import setup
 from gptjax.trainer import Callback, Row, Trainer
 
@@ -218,9 +218,14 @@ def describe(trainer: Trainer) -> str:
     config, model, dataset = trainer.config, trainer.config.model, trainer.dataset
     steps = trainer.runtime.gradient_accumulation_steps
     rows = trainer.runtime.divide_batch(config, setup.device_count())
-    attention = "{} ({})".format(*trainer.train_kernel)
-    if trainer.train_kernel[0] != trainer.eval_kernel[0]:
-        attention += "; in evaluation {} ({})".format(*trainer.eval_kernel)
+    (compute, why), (evaluating, why_there) = trainer.train_compute, trainer.eval_compute
+    attention = f"{compute.attention} ({why})"
+    if evaluating.attention != compute.attention:
+        attention += f"; in evaluation {evaluating.attention} ({why_there})"
+    layers = ""
+    if compute.scan_unroll < model.n_layer:
+        again = remat.AGAIN[str(compute.remat)]
+        layers = f"layers     a loop; the backward pass computes again {again}\n"
     return (
         f"run        {trainer.checkpoints.run_dir} ({trainer.start.origin})\n"
         f"data       {os.path.relpath(config.data.dir or '.')}:"
@@ -230,6 +235,7 @@ def describe(trainer: Trainer) -> str:
         f" {model.block_size}, {model.vocab_size:,} ids: {model.num_parameters():,} parameters\n"
         f"devices    {setup.describe()}, computing in {model.dtype}\n"
         f"attention  {attention}\n"
+        f"{layers}"
         f"batch      {config.batch_size} x {model.block_size} ="
         f" {config.batch_size * model.block_size:,} tokens per step (devices {setup.device_count()}"
         f" x accumulation steps {steps} x sequences {rows})"

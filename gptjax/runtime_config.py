@@ -10,20 +10,23 @@ from gptjax.errors import UserError
 from gptjax.settings import INT_LIMIT, Config
 
 DeviceKind = Literal["auto", "cpu", "gpu", "tpu"]
-StrategyKind = Literal["pmap", "fsdp"]
+StrategyKind = Literal["pmap", "shard_map", "fsdp"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Config):
     """How the network is computed: the same function, up to rounding."""
 
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    """Attention kernel. auto: cuDNN's flash attention where it applies, XLA elsewhere."""
-    remat: bool = False
-    """Recompute each block's activations in the backward pass: less memory, more time."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel. auto: flash attention where it applies (cuDNN's on NVIDIA GPUs, splash
+    attention on TPUs), XLA elsewhere."""
+    remat: Literal["auto", "none", "elementwise", "mlp", "attention", "full"] | bool = "auto"
+    """What the backward pass computes again: less memory, more time. elementwise: all but matrix
+    products and attention; mlp, attention: that part of a block as well; full (--remat alone): the
+    whole block. auto: elementwise where layers are a loop, else none."""
     scan_unroll: int = 0
-    """Layers unrolled in the scan over blocks. 0: all of them up to 12 layers without remat,
-    else 1."""
+    """Layers unrolled in the scan over blocks. 0: all of them up to 12 layers without remat, but
+    not on TPUs; else 1."""
 
     def problems(self) -> list[str]:
         return self._check_ints(0, "scan_unroll")
@@ -102,8 +105,9 @@ class RuntimeConfig(Config):
     """CPU devices to split this machine's cores into. None: one, which uses all of them."""
     strategy: StrategyKind = "pmap"
     """pmap: every device holds the whole model and its optimizer state (16 bytes a parameter).
-    fsdp: each holds a share and gathers weights layer by layer: for models that one device cannot
-    hold. The same numbers, the same checkpoints."""
+    shard_map: the same, bit for bit, by JAX's newer interface. fsdp: each holds a share and gathers
+    weights layer by layer: for models that one device cannot hold. The same numbers, the same
+    checkpoints."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step: fits a large batch into little memory."""
     compute: ComputeConfig = ComputeConfig()

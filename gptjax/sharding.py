@@ -1,39 +1,80 @@
-"""What fully sharded training has to say inside the model; elsewhere these calls do nothing.
-
-Under `devices.fsdp` every device holds a share of each matrix and some of the sequences. Left to
-itself XLA moves activations to the shares of the weights, and activations are larger: 12.6 GB of
-temporary memory at 124M on 8 devices. Two constraints make it gather one layer's weights at a time.
+"""Weights that are shared out: under `devices.fsdp` a device holds a part of each matrix, and of
+the optimizer's moments of it. The parts are gathered where they are used, one block at a time, in
+the forward pass and again in the backward pass, and gradients come back as parts.
 """
 
+import functools
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+import optax
+from jax.ad_checkpoint import checkpoint_name
 
 SHARDS = "shards"
-"""The mesh axis that weights and sequences are shared out over."""
+"""The mapped axis over which `devices.shard_map` and `devices.fsdp` lay out a step."""
+
+WHOLE = -1
+"""Instead of an axis: the device has the whole array."""
 
 
-def is_sharded() -> bool:
-    """Whether the caller is traced for `devices.fsdp`, which sets a mesh with this axis."""
+def is_mapped() -> bool:
+    """Whether the caller is traced for one device of that axis."""
     return SHARDS in jax.sharding.get_abstract_mesh().axis_names
 
 
-def gather_weights(weights: jax.Array) -> jax.Array:
-    """Weights at their use: gathered from their shares, for this use only."""
-    return jax.lax.with_sharding_constraint(weights, PartitionSpec()) if is_sharded() else weights
+def axes(parts: Any, whole: Any) -> Any:
+    """Of each array of a tree the axis along which it is a part of that in `whole`, or WHOLE."""
+
+    def axis(part: Any, full: Any) -> int:
+        differ = [i for i, (a, b) in enumerate(zip(part.shape, full.shape)) if a != b]  # noqa: B905
+        return differ[0] if differ else WHOLE
+
+    return jax.tree.map(axis, parts, whole)
 
 
-def dot_with_gathered_weights(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any):
-    """`jax.lax.dot_general`, for `flax.linen.Dense`."""
-    return jax.lax.dot_general(x, gather_weights(kernel), *args, **kwargs)
+def gather(parts: Any, axes: Any, dtype: jnp.dtype) -> Any:
+    """The whole arrays of a tree; those that come in parts in precision `dtype`. The backward pass
+    adds up their gradients over all devices, in float32, and leaves each its part."""
+    return jax.tree.map(
+        lambda x, axis: x if axis == WHOLE else _gather(x, axis, jnp.dtype(dtype)), parts, axes
+    )
 
 
-def keep_by_sequence(x: jax.Array) -> jax.Array:
-    """Activations [B, ...] or [B T, ...] stay with the devices that have their sequences."""
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(SHARDS)) if is_sharded() else x
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(part: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+    whole = jax.lax.all_gather(part.astype(dtype), SHARDS, axis=axis, tiled=True)
+    return checkpoint_name(whole, "weights")
 
 
-def saves_no_gathered_weights(operation: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: the backward pass gathers weights again."""
-    return operation.name not in ("sharding_constraint", "convert_element_type")
+def _gather_forward(part: jax.Array, axis: int, dtype: jnp.dtype) -> tuple[jax.Array, None]:
+    return _gather(part, axis, dtype), None
+
+
+def _gather_backward(axis: int, _: Any, __: None, gradient: jax.Array) -> tuple[jax.Array]:
+    wide = gradient.astype(jnp.float32)
+    return (jax.lax.psum_scatter(wide, SHARDS, scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def average(gradients: Any, axes: Any, axis_name: str) -> Any:
+    """The mean over all devices. Of parts the sum is there already, by `gather`."""
+    return jax.tree.map(
+        lambda x, axis: (
+            jax.lax.pmean(x, axis_name) if axis == WHOLE else x / jax.lax.axis_size(axis_name)
+        ),
+        gradients,
+        axes,
+    )
+
+
+def norm(tree: Any, axes: Any) -> jax.Array:
+    """float32 []: the Euclidean norm of all numbers of the whole arrays."""
+    pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(axes), strict=True))
+    parts = [x for x, axis in pairs if axis != WHOLE]
+    whole = optax.tree.norm([x for x, axis in pairs if axis == WHOLE], squared=True)
+    if parts:
+        whole += jax.lax.psum(optax.tree.norm(parts, squared=True), SHARDS)
+    return jnp.sqrt(whole)

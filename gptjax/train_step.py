@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax import optim
+from gptjax import head, optim, sharding
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.model import Params, apply, init
+from gptjax.model import Params, features, init, shared_axes
 from gptjax.runtime_config import ComputeConfig
 
 Metrics = dict[str, jax.Array]
@@ -68,8 +68,10 @@ def loss(
     """float32 []: mean nats per target of int windows [b, T + 1]; in training, with the dropout
     that follows from `dropout_key` and `rows` [b]."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    logits, _ = apply(config, params, inputs, compute=compute, dropout_key=dropout_key, rows=rows)
-    return cross_entropy(logits, targets).mean()
+    x, output, _ = features(
+        config, params, inputs, compute=compute, dropout_key=dropout_key, rows=rows
+    )
+    return head.mean_loss(x, output, targets, config.vocab_size)
 
 
 def train_step(
@@ -106,20 +108,24 @@ def train_step(
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         total, _ = jax.lax.scan(accumulate, zeros, batch)
         mean_loss, grads = jax.tree.map(lambda x: x / steps, total)
+    shared = shared_axes(config.model, state.params)
     if axis_name is not None:
         # Before clipping: the norm is that of the whole batch's gradient.
-        mean_loss, grads = jax.lax.pmean((mean_loss, grads), axis_name)
+        mean_loss = jax.lax.pmean(mean_loss, axis_name)
+        grads = sharding.average(grads, shared, axis_name)
     metrics = {
         "train_loss": mean_loss,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": sharding.norm(grads, shared),
         "learning_rate": optim.learning_rate(config, state.step),
     }
-    return apply_gradients(state, grads, config), metrics
+    return apply_gradients(state, grads, config, metrics["grad_norm"]), metrics
 
 
-def apply_gradients(state: TrainState, grads: Params, config: TrainConfig) -> TrainState:
-    """The optimizer's part of a step."""
-    optimizer = optim.optimizer(config, optim.learning_rate(config, state.step))
+def apply_gradients(
+    state: TrainState, grads: Params, config: TrainConfig, norm: jax.Array | None = None
+) -> TrainState:
+    """The optimizer's part of a step; `norm`: of gradients of which a device has a part only."""
+    optimizer = optim.optimizer(config, optim.learning_rate(config, state.step), norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state)
@@ -134,5 +140,5 @@ def eval_step(
 ) -> jax.Array:
     """float32 [b]: for each of int32 windows [b, T + 1] the weighted sum of its targets' nats;
     weights [b, T] are 1 for targets that count, 0 for padding and context."""
-    logits, _ = apply(config, params, windows[:, :-1], compute=compute)
-    return (cross_entropy(logits, windows[:, 1:]) * weights).sum(-1)
+    x, output, _ = features(config, params, windows[:, :-1], compute=compute)
+    return (head.losses(x, output, windows[:, 1:], config.vocab_size) * weights).sum(-1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax import attention, resume, sampling, train_step
+from gptjax import resume, sampling, train_step
 from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock
 from gptjax.config import TrainConfig
@@ -25,7 +25,7 @@ from gptjax.errors import RunError, UserError
 from gptjax.evaluation import window_loss
 from gptjax.generation import prompt_ids
 from gptjax.run_metadata import CheckpointMetadata
-from gptjax.runtime_config import ComputeConfig, RuntimeConfig
+from gptjax.runtime_config import RuntimeConfig
 
 Row = dict[str, Any]
 """One step's numbers: `step` (how many are done), `train_loss` (before the update), `grad_norm` and
@@ -90,25 +90,19 @@ class Trainer:
         self.stopped_by = 0
         """The signal on which all hosts stopped; 0: none."""
         self.strategy = get_strategy(runtime.strategy)
-        self.train_kernel = attention.choose(config.model, runtime.compute, train=True)
-        """(attention kernel, why)."""
-        self.eval_kernel = attention.choose(config.model, runtime.compute, train=False)
-
-        def compute(kernel: tuple[Any, str]) -> ComputeConfig:
-            return runtime.compute.replace(attention=kernel[0])
-
+        self.train_compute = setup.resolve_compute(config.model, runtime, train=True)
+        """(how a step is computed, why attention is computed so)."""
+        self.eval_compute = setup.resolve_compute(config.model, runtime, train=False)
         # The strategy makes Batches of the windows it is given, names the axis that gradients are
         # averaged over, and adds `stop`, the largest signal of all hosts, to a step's metrics.
         accumulation = runtime.gradient_accumulation_steps
         self._train_step = self.strategy.map_train_step(
-            functools.partial(
-                train_step.train_step, config=config, compute=compute(self.train_kernel)
-            ),
+            functools.partial(train_step.train_step, config=config, compute=self.train_compute[0]),
             accumulation,
         )
         self._eval_step = self.strategy.map_eval_step(
             functools.partial(
-                train_step.eval_step, config=config.model, compute=compute(self.eval_kernel)
+                train_step.eval_step, config=config.model, compute=self.eval_compute[0]
             )
         )
         self._eval_batch_size = config.batch_size // accumulation  # what fits in training fits
@@ -195,7 +189,7 @@ class Trainer:
             best_val_loss=self.best_val_loss,
             val_loss=val_loss,
             eval_windows=self.start.eval_windows,
-            attention=self.train_kernel[0],
+            attention=self.train_compute[0].attention,
             unfinished=unfinished,
         ).to_dict()
 

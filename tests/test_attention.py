@@ -1,17 +1,13 @@
 """Causal attention against a few lines of numpy, and the choice of its kernel."""
 
 import dataclasses
-import functools
 import types
 
 import jax
 import numpy as np
-import numpy_gpt
 import pytest
-import small_models
 
-from gptjax import attention, model
-from gptjax.cache import init_cache
+from gptjax import attention
 from gptjax.config import ModelConfig
 from gptjax.runtime_config import ComputeConfig
 
@@ -87,7 +83,6 @@ FITS = ModelConfig(2, 2, 128, vocab_size=9, dtype="bfloat16", dropout=0.1)
         ({"n_embd": 264}, device(), False, "head size"),
         ({"n_embd": 24}, device(), False, "head size"),
         ({"block_size": 333}, device(), False, "even block_size"),
-        ({"attention_pattern": ("dense", "banded")}, device(), False, "one window"),
     ],
 )
 def test_cudnn_is_chosen_only_where_it_computes_the_model(monkeypatch, changes, where, train, why):
@@ -100,38 +95,29 @@ def test_cudnn_is_chosen_only_where_it_computes_the_model(monkeypatch, changes, 
     assert (kernel, reason) == ("xla", "asked for")
 
 
-@pytest.fixture
-def fake_cudnn(monkeypatch):
-    """XLA's attention in place of cuDNN's; the shapes it is called with."""
-    real, shapes = jax.nn.dot_product_attention, []
-
-    def attend(q, k, v, *, is_causal, implementation):
-        assert is_causal and implementation == "cudnn"
-        shapes.append(q.shape)
-        return real(q, k, v, is_causal=True, implementation="xla")
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
-    return shapes
+def test_cudnns_window_is_used_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [device()])
+    config = dataclasses.replace(FITS, attention_pattern=("dense", "banded"))
+    kernels = [
+        attention.choose(config, ComputeConfig(x), train=False)[0] for x in ("auto", "cudnn")
+    ]
+    assert kernels == ["xla", "cudnn"]
 
 
-def test_the_cudnn_path_is_the_same_attention(fake_cudnn):
-    q, k, v = DRAW.standard_normal((3, 2, 3, 7, 4)).astype("f4")
-    ours = attention.attend_with_cudnn(q, k, v)
-    assert fake_cudnn == [(2, 7, 3, 4)]  # cuDNN takes [B, T, H, D]
-    np.testing.assert_allclose(ours, expected(q, k, v, 0, 99), rtol=1e-4, atol=1e-5)
-
-
-def test_a_model_with_cudnn_is_the_same_and_decodes_without(fake_cudnn):
-    config = small_models.SMALL
-    params = small_models.random_params(config, scale=0.5)
-    tokens = DRAW.integers(0, 23, (2, 12))
-    cudnn = ComputeConfig("cudnn", scan_unroll=1)
-    apply = jax.jit(functools.partial(model.apply, config, compute=cudnn))
-    whole, _ = apply(params, tokens)
-    assert fake_cudnn
-    small_models.assert_close(np.asarray(whole), numpy_gpt.logits(config, params, tokens))
-    fake_cudnn.clear()
-    cache = init_cache(config, 2, 12, np.float32)
-    cached, _ = apply(params, tokens, cache)
-    small_models.assert_close(np.asarray(cached), np.asarray(whole))
-    assert not fake_cudnn
+@pytest.mark.parametrize(
+    ("changes", "train", "why"),
+    [
+        ({}, False, None),
+        ({"dropout": 0.0, "block_size": 333, "n_embd": 66}, True, None),
+        ({"attention_pattern": ("dense", "banded")}, False, None),
+        ({}, True, "splash attention cannot apply our attention dropout"),
+        ({"dtype": "float32"}, False, "splash attention needs bfloat16"),
+    ],
+)
+def test_splash_attention_is_chosen_on_tpus(changes, train, why):
+    config = dataclasses.replace(FITS, **changes)
+    tpu = device("tpu")
+    kernel, reason = attention.choose(config, ComputeConfig(), tpu, train=train)
+    assert kernel == ("xla" if why else "splash") and (why or "in blocks of") in reason
+    assert attention.choose(config, ComputeConfig("cudnn"), tpu, train=train)[0] == "xla"
+    assert attention.choose(config, ComputeConfig("splash"), device(), train=train)[0] == "xla"

@@ -78,7 +78,10 @@ def test_presets_have_the_published_sizes(name, millions):
         (lambda: ModelConfig(n_layer="3"), "model.n_layer is '3'; expected a whole number"),
         (lambda: ModelConfig(bias=1), "model.bias is 1; expected True or False"),
         (lambda: TrainConfig(model={"n_layer": 2}), "model is {'n_layer': 2}"),
-        (lambda: RuntimeConfig(strategy="ddp"), "strategy is 'ddp'; expected 'pmap' or 'fsdp'"),
+        (
+            lambda: RuntimeConfig(strategy="ddp"),
+            "strategy is 'ddp'; expected 'pmap' or 'shard_map' or 'fsdp'",
+        ),
     ],
 )
 def test_values_of_another_type_are_refused_when_made(make, words):

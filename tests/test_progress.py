@@ -12,7 +12,7 @@ from gptjax import progress
 from gptjax.config import DataConfig, ModelConfig, TrainConfig
 from gptjax.devices import setup
 from gptjax.progress import ProgressDisplay, Samples
-from gptjax.runtime_config import RuntimeConfig
+from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 
 def trainer_at(step=0, notes=(), **more):
@@ -25,8 +25,8 @@ def trainer_at(step=0, notes=(), **more):
             train=range(12345), val=range(678), tokenizer=types.SimpleNamespace(kind="char")
         ),
         checkpoints=types.SimpleNamespace(run_dir="a run"),
-        train_kernel=("xla", "attention dropout"),
-        eval_kernel=("cudnn", "flash attention"),
+        train_compute=(ComputeConfig("xla", "mlp", 1), "attention dropout"),
+        eval_compute=(ComputeConfig("cudnn"), "flash attention"),
         start=types.SimpleNamespace(step=step, notes=list(notes), unfinished=None, origin="new"),
         first_step_seconds=None,
         stopped_by=0,
@@ -57,6 +57,7 @@ def test_a_run_begins_with_what_is_about_to_happen(display, capsys):
         "2 layers, 2 heads, 16 wide, block 10, 1,234 ids: 26,496 parameters",
         "8 x cpu, computing in float32",
         "attention  xla (attention dropout); in evaluation cudnn (flash attention)",
+        "layers     a loop; the backward pass computes again the MLP, and all else but matrix",
         "batch      16 x 10 = 160 tokens per step (devices 8 x accumulation steps 2 x sequences 1)",
     ):
         assert words in out

@@ -7,7 +7,7 @@ from typing import Literal
 from gptjax import files
 from gptjax.commands import flags, terminal
 from gptjax.errors import UserError
-from gptjax.runtime_config import ComputeConfig, DeviceKind, RuntimeConfig, StrategyKind
+from gptjax.runtime_config import DeviceKind, RuntimeConfig, StrategyKind
 from gptjax.settings import Config
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str], prog: str) -> None:
     # JAX is imported when the command runs, not to print its help.
     import jax
 
-    from gptjax import attention, run_metadata, train_step
+    from gptjax import run_metadata, train_step
     from gptjax.data import tokenizers
     from gptjax.devices import setup
     from gptjax.devices.strategy import get_strategy
@@ -75,15 +75,15 @@ def main(argv: list[str], prog: str) -> None:
     batch_size = given.batch_size or -(-8 // count) * count
     if batch_size % count:
         raise UserError(f"--batch-size {batch_size} does not divide over {count} devices")
-    strategy = get_strategy(given.strategy or newest.runtime.strategy)
+    laid_out = RuntimeConfig(strategy=given.strategy or newest.runtime.strategy)
+    strategy = get_strategy(laid_out.strategy)
     loaded = run_metadata.load_checkpoint(run_dir, given.checkpoint, strategy.targets)
     metadata = loaded.metadata
     config = metadata.config.model.replace(dtype=given.precision)
     if given.stride and given.stride > config.block_size:
         raise UserError(f"--stride {given.stride} exceeds the block_size {config.block_size}")
     tokenizer = tokenizers.from_json(metadata.tokenizer, str(run_dir))
-    kernel, _ = attention.choose(config, ComputeConfig(), train=False)
-    compute = ComputeConfig(attention=kernel)
+    compute, _ = setup.resolve_compute(config, laid_out, train=False)
     eval_step = functools.partial(train_step.eval_step, config=config, compute=compute)
     params = strategy.to_devices(loaded.params)
     losses = functools.partial(strategy.map_eval_step(eval_step), params)

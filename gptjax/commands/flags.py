@@ -149,7 +149,9 @@ def combined(defaults: Sequence[Any]) -> Any:
 def _following(kind: Any, rest: list[str]) -> list[str]:
     """Takes from `rest` the values of a flag; `kind` None: it is not known."""
     count = next((n for n, argument in enumerate(rest) if FLAG.match(argument)), len(rest))
-    if bool in (kind, *get_args(kind)) and not (count and rest[0].lower() in BOOLEAN_WORDS):
+    named = any(get_args(arg) for arg in get_args(kind))  # it has other values too
+    alone = not count or not (named or rest[0].lower() in BOOLEAN_WORDS)
+    if alone and bool in (kind, *get_args(kind)):
         return ["True"]
     if get_origin(kind) is not tuple:
         count = min(count, 1)
@@ -160,7 +162,9 @@ def _following(kind: Any, rest: list[str]) -> list[str]:
 def _value(kind: Any, values: Sequence[str]) -> Any:
     """Raises ValueError if the values are not of this type."""
     if bool in (kind, *get_args(kind)):
-        values = [value.capitalize() for value in values]
+        words = {"true": "True", "false": "False"}
+        words |= {"none": "None"} if type(None) in get_args(kind) else {}
+        values = [words.get(value.lower(), value) for value in values]
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),

@@ -64,7 +64,7 @@ class Strategy(abc.ABC):
         def gathered(params: Any, windows: jax.Array, weights: jax.Array, stop: jax.Array) -> Any:
             return self.gather(step(params, windows, weights)), self.gather(stop).max()
 
-        mapped = self.map(gathered)
+        mapped = self.map(gathered, returns_state=False)
 
         def run(params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0) -> Any:
             found = mapped(params, *map(self.distribute, (windows, weights, self.signal(stop))))
@@ -78,9 +78,10 @@ class Strategy(abc.ABC):
         return np.full(self.local_count, value, np.int32)
 
     @abc.abstractmethod
-    def map(self, function: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> Any:
-        """`function` compiled for all devices; it takes parts of a batch as `distribute` makes
-        them, and states in the layout for training."""
+    def map(self, function: Callable[..., Any], *, returns_state: bool) -> Any:
+        """`function(state, *rows)` compiled for all devices: of a state (or parameters) in the
+        layout for training, and rows as `distribute` makes them. It returns what is the same on all
+        devices; with `returns_state` before that the next state, and the first is donated."""
 
     @abc.abstractmethod
     def distribute(
@@ -106,7 +107,7 @@ class TrainStep:
             state, metrics = step(state, batch, axis_name=strategy.axis_name)
             return state, metrics | {"stop": strategy.gather(stop).max()}
 
-        self._mapped = strategy.map(with_signal, donate_argnums=(0,))
+        self._mapped = strategy.map(with_signal, returns_state=True)
         self._strategy, self._accumulation_steps = strategy, accumulation_steps
 
     def __call__(self, state: Any, windows: np.ndarray, stop: int = 0) -> tuple[Any, Metrics]:

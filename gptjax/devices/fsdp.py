@@ -1,5 +1,5 @@
 """Every device holds a share of the state (fully sharded data parallelism, ZeRO-3: Rajbhandari et
-al., arXiv:1910.02054), under `jax.jit` with a sharding for every array."""
+al., arXiv:1910.02054), under `jax.shard_map`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,11 +10,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.devices.base import Strategy
 from gptjax.sharding import SHARDS
+from gptjax.train_step import Batch
 
 
 class Fsdp(Strategy):
     """A share of every matrix, and of the optimizer's moments of it, on every device; `sharding`
-    says where the model gathers weights."""
+    says how the model gathers weights."""
+
+    axis_name = SHARDS
 
     def __init__(self, devices: Sequence[jax.Device]):
         super().__init__(devices)
@@ -33,15 +36,20 @@ class Fsdp(Strategy):
 
         return jax.tree_util.tree_map_with_path(sharding, shapes)
 
-    def map(self, function: Callable[..., Any], *, donate_argnums: tuple[int, ...] = ()) -> Any:
-        def with_layout(*args: Any) -> Any:
-            # For the constraints in `sharding`; only while tracing, so callers need no context.
-            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                out = function(*args)
-            # By the same rule the state is sharded; metrics and losses are replicated.
-            return jax.lax.with_sharding_constraint(out, self.shardings(out))
+    def map(self, function: Callable[..., Any], *, returns_state: bool) -> Any:
+        def whole(state: Any, *rows: Any) -> Any:
+            specs = jax.tree.map(lambda sharding: sharding.spec, self.shardings(state))
+            spread = [
+                PartitionSpec(None, SHARDS) if isinstance(x, Batch) else PartitionSpec(SHARDS)
+                for x in rows
+            ]
+            out = (specs, PartitionSpec()) if returns_state else PartitionSpec()
+            # Kernels say nothing of how their outputs vary over devices, so it is not checked.
+            return jax.shard_map(
+                function, mesh=self.mesh, in_specs=(specs, *spread), out_specs=out, check_vma=False
+            )(state, *rows)
 
-        return jax.jit(with_layout, donate_argnums=donate_argnums)
+        return jax.jit(whole, donate_argnums=(0,) if returns_state else ())
 
     def distribute(
         self, rows: np.ndarray, accumulation_steps: int | None = None, *, abstract: bool = False
@@ -56,3 +64,6 @@ class Fsdp(Strategy):
         if abstract:
             return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
         return jax.make_array_from_process_local_data(sharding, rows)
+
+    def gather(self, rows: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(rows, SHARDS, tiled=True)

@@ -1,6 +1,5 @@
 """How much memory a training step needs on each device, from compiling it: no array is made."""
 
-import dataclasses
 import functools
 import os
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax import attention, train_step
+from gptjax import train_step
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.devices import setup
 from gptjax.devices.strategy import get_strategy
@@ -39,8 +38,8 @@ def compile_step(
     config: TrainConfig, runtime: RuntimeConfig, devices: Sequence[jax.Device] | None = None
 ) -> Any:
     """The program of one training step, over all devices or over the given ones."""
-    kernel, _ = attention.choose(config.model, runtime.compute, train=True)
-    compute = dataclasses.replace(runtime.compute, attention=kernel)
+    device = devices[0] if devices else None
+    compute, _ = setup.resolve_compute(config.model, runtime, device, train=True)
     step = get_strategy(runtime.strategy, devices).map_train_step(
         functools.partial(train_step.train_step, config=config, compute=compute),
         runtime.gradient_accumulation_steps,

@@ -24,7 +24,7 @@ class Pmap(Strategy):
         return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
 
     def to_devices(self, state: Any) -> Any:
-        copy = self.map(lambda _, x: x, in_axes=(0, None))
+        copy = jax.pmap(lambda _, x: x, self.axis_name, in_axes=(0, None), devices=self.devices)
         return copy(np.arange(self.local_count), jax.tree.map(first_shard, state))
 
     def for_saving(self, state: Any) -> Any:
@@ -37,8 +37,9 @@ class Pmap(Strategy):
     def for_sampling(self, params: Any) -> Any:
         return jax.tree.map(lambda x: first_shard(x).reshape(x.shape[1:]), params)
 
-    def map(self, function: Callable[..., Any], **options: Any) -> Any:
-        return jax.pmap(function, self.axis_name, devices=self.devices, **options)
+    def map(self, function: Callable[..., Any], *, returns_state: bool) -> Any:
+        donated = (0,) if returns_state else ()
+        return jax.pmap(function, self.axis_name, devices=self.devices, donate_argnums=donated)
 
     def distribute(
         self, rows: np.ndarray, accumulation_steps: int | None = None, *, abstract: bool = False

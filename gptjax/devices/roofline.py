@@ -1,8 +1,10 @@
 """What a compiled program costs: operations, bytes and communication, and the time that these take
 at least (Williams et al. 2009, "Roofline").
 
-XLA counts the body of a loop once, however often it runs. Here each loop's body is counted by XLA
-as a program of its own, and as often as it runs.
+XLA counts the body of a loop once, however often it runs; nothing of what it cannot look into (the
+kernels of `flash_attention`); and what stays in a TPU's fast memory as if it went to the large one.
+So operations are counted by XLA, each loop's body as a program of its own and as often as it runs,
+and bytes here: what each instruction reads from the device's memory and writes there.
 """
 
 import functools
@@ -10,16 +12,29 @@ import importlib
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 
-WHILE = re.compile(r" while\(.*?condition=%?([\w.-]+), body=%?([\w.-]+)(.*)")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?^\}", re.M | re.S)
+NAME = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ", re.M)
+ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+)\w*\[([\d,]*)\](?:\{([^}]*)\})?")
 CALLED = re.compile(r"(?:to_apply=|calls=|branch_computations=\{)%?([\w.-]+)")
-COLLECTIVE = re.compile(
-    r" = (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
-)
-ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+)\[([\d,]*)\]")
+COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+
+MOVES_NOTHING = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "opt-barrier",
+)  # fmt: skip
+"""Instructions that only name what is there already, or run others. What ends an asynchronous
+one ("copy-done") moves nothing either."""
+
+SLICES = "dynamic-slice", "slice", "gather"
+
+KERNEL = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Matrix products of each block in a kernel of splash attention."""
 
 
 class Cost(NamedTuple):
@@ -30,49 +45,104 @@ class Cost(NamedTuple):
     """Read from and written to memory."""
 
 
+class Instruction(NamedTuple):
+    name: str
+    kind: str
+    """Its opcode: "fusion", "copy", ..."""
+    results: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+
+    @property
+    def source(self) -> str:
+        """Where in our program it comes from, as JAX says; or ""."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+
 class Program:
     """An optimised program of XLA, as text."""
 
     def __init__(self, text: str):
         self._header = re.match(r"HloModule [\w.-]+", text)[0]  # type: ignore[index]
+        # What describes a kernel holds line ends, which XLA's own parser does not read.
+        body = re.sub(r"frontend_attributes=\{kernel_metadata=\{.*?\n\}\}, ", "", text, flags=re.S)
+        body = body[body.index("\n") :]
         self._computations: dict[str, str] = {}
-        body = re.sub(r", metadata=\{[^}]*\}", "", text[text.index("\n") :])
-        for found in re.finditer(r"^(ENTRY )?%?([\w.-]+) \(.*?^\}", body, re.M | re.S):
-            self._computations[found[2]] = found[0].removeprefix("ENTRY ")
+        self._instructions: dict[str, dict[str, Instruction]] = {}
+        for found in COMPUTATION.finditer(body):
+            plain = re.sub(r", metadata=\{[^}]*\}", "", found[0])
+            self._computations[found[2]] = plain.removeprefix("ENTRY ")
+            self._instructions[found[2]] = {x.name: x for x in _instructions(found[0])}
             if found[1]:
                 self._entry = found[2]
 
     def cost(self) -> Cost:
-        return self._total(self._entry)
-
-    def _total(self, name: str) -> Cost:
-        flops, size = self._once(name)
-        for body, times in self._loops(name):
-            once, total = self._once(body), self._total(body)
-            flops += times * total.flops - once.flops
-            size += times * total.bytes - once.bytes
-        return Cost(flops, size)
-
-    @functools.cache  # noqa: B019 (programs are few)
-    def _once(self, name: str) -> Cost:
-        """By XLA, of a module whose entry is this computation."""
-        # Not public, but what `jax.stages.Compiled.cost_analysis` calls.
-        parse = importlib.import_module("jaxlib._hlo").hlo_module_from_text
-        analyse = importlib.import_module("jaxlib._jax").hlo_module_cost_analysis
-        text = "\n\n".join(
-            f"ENTRY {body}" if other == name else body for other, body in self._computations.items()
+        kernels = sum(
+            self._kernel(name, instruction)[0] * times
+            for name, instruction, times in self._executed(self._entry)
         )
-        client = jax.local_devices(backend="cpu")[0].client
-        found = analyse(client, parse(f"{self._header}\n\n{text}\n"))
-        return Cost(found.get("flops", 0.0), found["bytes accessed"])
+        return Cost(self._flops(self._entry) + kernels, sum(size for size, _ in self.traffic()))
 
-    def _loops(self, name: str) -> list[tuple[str, int]]:
-        """(body, how often it runs) of the loops in a computation and in what it calls."""
-        text = self._computations[name]
-        found = [(body, self._trips(test, rest)) for test, body, rest in WHILE.findall(text)]
-        for called in set(CALLED.findall(text)) & set(self._computations):
-            found += self._loops(called)
-        return found
+    def traffic(self) -> list[tuple[float, Instruction]]:
+        """(bytes, as often as it runs; instruction), largest first."""
+        found = [
+            (times * self._bytes(name, instruction), instruction)
+            for name, instruction, times in self._executed(self._entry)
+        ]
+        return sorted(found, key=lambda pair: -pair[0])
+
+    def collectives(self) -> Counter[str]:
+        """{kind: bytes of the whole arrays, before or after, as often as it runs}."""
+        found: dict[str, tuple[str, float]] = {}
+        for name, instruction, times in self._executed(self._entry, inside=True):
+            kind = instruction.kind.removesuffix("-start")
+            if kind in COLLECTIVES:
+                here = self._instructions[name]
+                given = "".join(here[x].results for x in instruction.operands if x in here)
+                size = max(
+                    _total(given, everywhere=True), _total(instruction.results, everywhere=True)
+                )
+                if kind != instruction.kind and kind != "all-reduce":  # (operands, results, ...)
+                    size = _size(_arrays(instruction.results)[1], everywhere=True)
+                # An asynchronous one is spread over several fusions, under one number.
+                chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+                found[chain[1] if chain else f"{name} {instruction.name}"] = kind, times * size
+        sizes: Any = Counter()
+        for kind, size in found.values():
+            sizes[kind] += size
+        return sizes
+
+    def _executed(
+        self, name: str, times: float = 1, *, inside: bool = False
+    ) -> Iterator[tuple[str, Instruction, float]]:
+        """(computation, instruction, how often) of all that a computation runs; `inside`: of
+        fusions too. The branches of a condition count equally: layers take them in turn."""
+        for instruction in self._instructions[name].values():
+            yield name, instruction, times
+            attributes = instruction.attributes
+            if instruction.kind == "while":
+                body, test = (
+                    re.search(rf"{which}=%?([\w.-]+)", attributes)[1]  # type: ignore[index]
+                    for which in ("body", "condition")
+                )
+                trips = self._trips(test, attributes)
+                yield from self._executed(body, times * trips, inside=inside)
+            elif instruction.kind == "conditional":
+                branches = self._branches(attributes)
+                for branch in branches:
+                    yield from self._executed(branch, times / len(branches), inside=inside)
+            elif instruction.kind == "call" or inside:
+                for called in set(CALLED.findall(attributes)) & set(self._instructions):
+                    yield from self._executed(called, times, inside=inside)
+
+    def _branches(self, attributes: str) -> list[str]:
+        found = re.search(r"branch_computations=\{([^}]*)\}", attributes)
+        names = found[1] if found else ", ".join(
+            re.findall(r"(?:true|false)_computation=%?([\w.-]+)", attributes)
+        )  # fmt: skip
+        return [name.strip(" %") for name in names.split(",")]
 
     def _trips(self, condition: str, attributes: str) -> int:
         """How often a loop runs: as XLA says, or the number that its counter is compared with."""
@@ -81,35 +151,187 @@ class Program:
         limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", self._computations[condition])
         return max(map(int, limits), default=1)
 
-    def collectives(self) -> Counter[str]:
-        """{kind: bytes of its results, as often as it runs}."""
-        found = Counter[str]()
-        # An asynchronous one is spread over several fusions, under one number.
-        for kind, size, times in self._channels(self._entry).values():
-            found[kind] += size * times
+    # ------------------------------------------------------------------------- operations
+
+    def _flops(self, name: str) -> float:
+        total = self._flops_once(name)
+        for body, times in self._loops(name):
+            total += times * self._flops(body) - self._flops_once(body)
+        return total
+
+    @functools.cache  # noqa: B019 (programs are few)
+    def _flops_once(self, name: str) -> float:
+        """By XLA, of a module whose entry is this computation."""
+        # Not public, but what `jax.stages.Compiled.cost_analysis` calls.
+        parse = importlib.import_module("jaxlib._hlo").hlo_module_from_text
+        analyse = importlib.import_module("jaxlib._jax").hlo_module_cost_analysis
+        text = "\n\n".join(
+            f"ENTRY {body}" if other == name else body for other, body in self._computations.items()
+        )
+        client = jax.local_devices(backend="cpu")[0].client
+        return analyse(client, parse(f"{self._header}\n\n{text}\n")).get("flops", 0.0)
+
+    def _loops(self, name: str) -> list[tuple[str, int]]:
+        """(body, how often it runs) of the loops in a computation and in what it calls."""
+        found = []
+        for instruction in self._instructions[name].values():
+            attributes = instruction.attributes
+            if instruction.kind == "while":
+                body, test = (
+                    re.search(rf"{which}=%?([\w.-]+)", attributes)[1]  # type: ignore[index]
+                    for which in ("body", "condition")
+                )
+                found.append((body, self._trips(test, attributes)))
+            for called in set(CALLED.findall(attributes)) & set(self._computations):
+                found += self._loops(called)
         return found
 
-    def _channels(self, name: str) -> dict[str, tuple[str, int, int]]:
-        """{channel: (kind, bytes, how often)} of a computation and all that it runs."""
-        text, found = self._computations[name], dict[str, tuple[str, int, int]]()
-        for line in text.splitlines():
-            if match := COLLECTIVE.search(line):
-                arrays = ARRAY.findall(match[1])
-                if match[3] and match[2] != "all-reduce":  # (operands, results, ...)
-                    arrays = arrays[1:2]
-                channel = re.search(r"channel_id=(\d+)", line)
-                key = channel[1] if channel else f"{name} {len(found)}"
-                found[key] = (match[2], sum(map(_bytes, arrays)), 1)
-        for called in set(CALLED.findall(text)) & set(self._computations):
-            found |= self._channels(called)
-        for test, body, rest in WHILE.findall(text):
-            trips = self._trips(test, rest)
-            for key, (kind, size, times) in self._channels(body).items():
-                found[key] = kind, size, times * trips
-        return found
+    def _kernel(self, name: str, instruction: Instruction) -> tuple[float, float]:
+        """(operations, bytes read more than once) of a kernel of splash attention: of the blocks
+        of [queries, keys] that its grid has and its mask leaves."""
+        found = KERNEL.search(instruction.name)
+        if instruction.kind != "custom-call" or not found:
+            return 0, 0
+        operands = [self._instructions[name][operand].results for operand in instruction.operands]
+        grid = _arrays(operands[0])[0][1]
+        # Queries may lie with either axis innermost; the outputs with the head's.
+        *batch, t, d = max(_arrays(instruction.results), key=lambda array: len(array[1]))[1]
+        q = max((_arrays(x)[0] for x in operands), key=lambda array: len(array[1]))
+        across, along = sorted(grid[-2:])
+        blocks = sum(min(i + 1, across) for i in range(along))
+        products = PRODUCTS[found[1]] * 2 * (t // along) ** 2 * d
+        again = (blocks / along - 1) * 2 * _size(q)
+        return math.prod(batch) * blocks * products, again
+
+    # ------------------------------------------------------------------------- bytes
+
+    def _bytes(self, name: str, instruction: Instruction) -> float:
+        """What an instruction reads from and writes to the device's memory; an operand that it
+        reads twice counts once."""
+        kind = instruction.kind
+        if kind in MOVES_NOTHING or kind.endswith("-done"):
+            return 0
+        here = self._instructions[name]
+        operands = [here[x].results for x in dict.fromkeys(instruction.operands) if x in here]
+        if kind in ("copy-start", "slice-start"):  # (to, from, ...); (from, to, ...)
+            first, second = _arrays(instruction.results)[:2]
+            to, source = (first, second) if kind == "copy-start" else (second, first)
+            return _size(to) + (_size(to, everywhere=True) if _size(source) else 0)
+        called = CALLED.search(instruction.attributes)
+        if kind == "fusion" and called:
+            return self._fusion(called[1], instruction)
+        read, written = sum(map(_total, operands)), _total(instruction.results)
+        if kind in SLICES:
+            read = min(read, written or read)
+        if kind in ("dynamic-update-slice", "scatter"):
+            read = written = _total(operands[1 if kind[0] == "d" else -1])
+        return read + written + self._kernel(name, instruction)[1]
+
+    def _fusion(self, called: str, instruction: Instruction) -> float:
+        """Of an operand that it only slices it reads the slice; where it updates a slice in place
+        it writes the slice."""
+        inside = self._instructions[called]
+        total = 0.0
+        for each in inside.values():
+            if each.kind == "parameter" and (size := _total(each.results)):
+                total += min(size, self._read(called, each))
+        root = next(x for x in inside.values() if x.root)
+        results = root.operands if root.kind == "tuple" else [root.name]
+        sizes = [_size(x) for x in _arrays(instruction.results)]
+        for result, size in zip(results, sizes, strict=False):
+            total += min(size, self._written(called, result))
+        return total
+
+    def _read(self, name: str, value: Instruction) -> float:
+        """Bytes of a value in this computation that are looked at; inf: all of it."""
+        total = 0.0
+        for user in self._users(name).get(value.name, []):
+            if user.kind == "bitcast":
+                total += self._read(name, user)
+            elif user.kind in SLICES:
+                total += _total(user.results, everywhere=True)
+            elif user.kind == "fusion":
+                called = CALLED.search(user.attributes)[1]  # type: ignore[index]
+                at = user.operands.index(value.name)
+                total += self._read(called, self._parameters(called)[at])
+            elif user.kind != "dynamic-update-slice" or value.name != user.operands[0]:
+                return math.inf
+        return total
+
+    def _written(self, name: str, result: str) -> float:
+        """As `_read`, of a value that this computation makes."""
+        found = self._instructions[name][result]
+        if found.kind == "bitcast":
+            return self._written(name, found.operands[0])
+        if found.kind == "dynamic-update-slice":
+            update = self._instructions[name][found.operands[1]]
+            return _total(update.results, everywhere=True)
+        return math.inf
+
+    def _parameters(self, name: str) -> dict[int, Instruction]:
+        return {
+            int(x.operands[0]): x
+            for x in self._instructions[name].values()
+            if x.kind == "parameter"
+        }
+
+    @functools.cache  # noqa: B019 (programs are few)
+    def _users(self, name: str) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {}
+        for each in self._instructions[name].values():
+            for operand in dict.fromkeys(each.operands):
+                users.setdefault(operand, []).append(each)
+        return users
 
 
-def _bytes(array: tuple[str, str]) -> int:
-    kind, sides = array
+def _instructions(text: str) -> Iterator[Instruction]:
+    starts = list(NAME.finditer(text))
+    for found, following in zip(starts, [*starts[1:], None], strict=True):
+        line = text[found.end() : following.start() if following else len(text)]
+        results = line[: _closing(line)] if line[0] == "(" else line.split(" ", 1)[0]
+        rest = line[len(results) :].lstrip()
+        kind, _, after = rest.partition("(")
+        end = _closing("(" + after) - 1
+        operands = re.findall(r"%([\w.-]+)", after[:end]) or re.findall(r"[\w.-]+", after[:end])
+        yield Instruction(found[2], kind, results, tuple(operands), after[end:], bool(found[1]))
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that `text` begins with has been closed."""
+    depth = 0
+    for found in re.finditer(r"[()]", text):
+        depth += 1 if found[0] == "(" else -1
+        if not depth:
+            return found.end()
+    return len(text)
+
+
+Array = tuple[str, tuple[int, ...], str]
+"""(kind of its numbers, sides, layout)."""
+
+
+def _arrays(results: str) -> list[Array]:
+    return [
+        (kind, tuple(map(int, filter(None, sides.split(",")))), layout)
+        for kind, sides, layout in ARRAY.findall(results)
+    ]
+
+
+def _total(results: str, *, everywhere: bool = False) -> int:
+    return sum(_size(array, everywhere=everywhere) for array in _arrays(results))
+
+
+def _size(array: Array, *, everywhere: bool = False) -> int:
+    """Bytes in the device's memory, as it lies there: a TPU fills up the two innermost axes to
+    tiles. 0 for what lies in another memory, unless `everywhere`."""
+    kind, sides, layout = array
+    if re.search(r"S\([1-9]", layout) and not everywhere:
+        return 0
+    order = [int(x) for x in re.findall(r"\d+", layout.split(":")[0])]
+    tile = re.search(r"T\(([\d,]+)\)", layout)
+    padded = list(sides)
+    if tile and len(order) == len(sides):
+        for axis, unit in zip(order, reversed([int(x) for x in tile[1].split(",")]), strict=False):
+            padded[axis] = -(-padded[axis] // unit) * unit
     bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
-    return math.prod(map(int, filter(None, sides.split(",")))) * bits // 8
+    return math.prod(padded) * bits // 8

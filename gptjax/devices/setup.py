@@ -7,10 +7,11 @@ from pathlib import Path
 
 import jax
 
+from gptjax import attention, remat
 from gptjax.config import ModelConfig
 from gptjax.devices import chips, cpu, hosts
 from gptjax.errors import UserError, first_line
-from gptjax.runtime_config import DeviceKind, RuntimeConfig
+from gptjax.runtime_config import ComputeConfig, DeviceKind, RuntimeConfig
 
 COMPILATION_CACHE_BYTES = 2 << 30
 
@@ -94,6 +95,19 @@ def resolve_dtype(config: ModelConfig, device: jax.Device | None = None) -> Mode
         return config
     cpu_only = (device or jax.devices()[0]).platform == "cpu"
     return config.replace(dtype="float32" if cpu_only else "bfloat16")
+
+
+def resolve_compute(
+    config: ModelConfig, runtime: RuntimeConfig, device: jax.Device | None = None, *, train: bool
+) -> tuple[ComputeConfig, str]:
+    """(how the network is computed on a device (None: JAX's first), with nothing left open; why
+    attention is computed so)."""
+    device = device or jax.devices()[0]
+    kernel, why = attention.choose(config, runtime.compute, device, train=train)
+    # A TPU's compiler takes minutes for unrolled layers, and the loop reads and writes no more.
+    loop = device.platform == "tpu" or runtime.strategy == "fsdp"
+    compute = runtime.compute.replace(attention=kernel)
+    return remat.resolve(compute, config.n_layer, loop=loop), why
 
 
 device_count = jax.device_count

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
 
-from gptjax import attention, model, optim, run, sampling, train_step
+from gptjax import head, model, optim, run, sampling, train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.data import token_files
 from gptjax.data.batches import Tokens, batch_at
@@ -30,7 +30,7 @@ from gptjax.evals import perplexity
 from gptjax.interop import parameter_names
 from gptjax.interop.parameter_names import PREFIX
 from gptjax.parity.reference import Against, Precision, Reference
-from gptjax.runtime_config import ComputeConfig
+from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 TOLERANCES: dict[Precision, dict[str, float]] = {
     "float32": {
@@ -100,10 +100,13 @@ def _outputs(
 ) -> dict[str, jax.Array]:
     """Of the modules that `our_activations` takes [L, B, T, C], or [1, B, T, C]; and the logits.
     The compiler removes what the others return."""
-    (logits, _), found = model.GPT(config, compute, train=False).apply(
+    (x, output, _), found = model.GPT(config, compute, train=False).apply(
         {"params": params}, tokens, capture_intermediates=True, mutable=["intermediates"]
     )
-    flat, out = flatten_dict(found["intermediates"], sep="."), {"logits": logits}
+    flat, out = (
+        flatten_dict(found["intermediates"], sep="."),
+        {"logits": head.logits(x, output, config.vocab_size)},
+    )
     for name in ("Dropout_0", "h.ln_1", "h.attn", "h.ln_2", "h.mlp", "h", "ln_f"):
         if calls := flat.get(f"{name}.__call__"):
             first = jax.tree.leaves(calls)[0]  # a block returns (x, cache)
@@ -307,7 +310,7 @@ def open_comparison(
         raise UserError(f"{where} has {len(tokens)} tokens; expected more than {length}")
     rates = OptimizerConfig(learning_rate, learning_rate / 10, warmup_steps=10, beta2=0.95)
     computed = network.replace(block_size=length)
-    kernel, _ = attention.choose(computed, ComputeConfig(), train=True)
+    compute, _ = setup.resolve_compute(computed, RuntimeConfig(), train=True)
     return Comparison(
         params=loaded.params,
         config=TrainConfig(network, optimizer=rates, batch_size=batch_size, max_steps=steps),
@@ -315,11 +318,11 @@ def open_comparison(
         reference=Reference(loaded.params, network, against, precision),
         limits=TOLERANCES[precision],
         greedy_tokens=greedy_tokens,
-        compute=ComputeConfig(attention=kernel),
+        compute=compute,
         title=f"gptjax (JAX {jax.__version__}, {setup.describe()}) against {against}"
         f" (PyTorch {torch.__version__}), {precision}: {network.num_parameters():,}"
         f" parameters of {run_dir}, step {loaded.step}; {batch_size} x {length} tokens of"
-        f" {where}; attention by {kernel}",
+        f" {where}; attention by {compute.attention}",
     )
 
 

@@ -44,7 +44,7 @@ def test_a_scanned_model_costs_what_the_unrolled_one_does():
     unrolled, scanned = (
         roofline.Program(
             memory.compile_step(
-                config, RuntimeConfig(compute=ComputeConfig(scan_unroll=unroll))
+                config, RuntimeConfig(compute=ComputeConfig(remat="none", scan_unroll=unroll))
             ).as_text()
         ).cost()
         for unroll in (6, 1)

@@ -1,6 +1,7 @@
 """The two ways to lay out a state over devices: the same numbers, the same checkpoints."""
 
 import dataclasses
+import warnings
 from functools import partial
 
 import jax
@@ -12,10 +13,11 @@ from gptjax import train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.data.batches import batch_at
 from gptjax.devices import hosts
+from gptjax.devices.fsdp import Fsdp
 from gptjax.devices.strategy import get_strategy
 from gptjax.runtime_config import ComputeConfig
 
-KINDS = "pmap", "fsdp"
+KINDS = "pmap", "shard_map", "fsdp"
 FOUR = 6, 1, 4, 3
 MODEL = ModelConfig(1, 2, 32, block_size=16, vocab_size=50, dropout=0.2)
 CONFIG = TrainConfig(MODEL, optimizer=OptimizerConfig(1e-2), batch_size=16, max_steps=30)
@@ -79,7 +81,7 @@ def alone(start):
 @pytest.fixture(
     scope="module",
     params=[(kind, *how) for kind in KINDS for how in [(None, 1), (FOUR, 2)]],
-    ids=["pmap", "pmap-accumulated", "fsdp", "fsdp-accumulated"],
+    ids=lambda each: f"{each[0]}-{each[2]}",
 )
 def trained(request, start):
     """On all eight devices; and on four of them, out of order, with two accumulation steps."""
@@ -90,6 +92,37 @@ def trained(request, start):
 def test_many_devices_equal_one_dropout_included(trained, alone):
     assert_same_training(trained, alone)
     assert len(jax.tree.leaves(trained[2])[0].devices()) == len(trained[0].devices)
+
+
+@pytest.fixture
+def optimised():
+    """Programs as users have them, or nearly so (see conftest)."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_shard_map_is_pmap_bit_for_bit(start, optimised, accumulation_steps):
+    kinds = "pmap", "shard_map"
+    trained = [train(kind, start, accumulation_steps=accumulation_steps) for kind in kinds]
+    states = [strategy.for_saving(state) for strategy, _, state, _ in trained]
+    for x, y in zip(*map(jax.tree.leaves, states), strict=True):
+        assert np.array_equal(x, y)
+    assert trained[0][3] == trained[1][3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_old_state_is_donated_to_the_new_one(kind, start):
+    strategy = get_strategy(kind)
+    step = strategy.map_train_step(partial(train_step.train_step, config=CONFIG))
+    state = strategy.to_devices(strategy.initialise(lambda: jax.tree.map(jnp.asarray, start)))
+    found = step.compile(state, windows_at(0)).memory_analysis()
+    own = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert found.alias_size_in_bytes == own
+    with warnings.catch_warnings(action="error"):  # "Some donated buffers were not usable"
+        step(state, windows_at(0))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
 
 
 UNEVEN = {
@@ -146,7 +179,7 @@ def test_copies_on_different_devices_are_bitwise_the_same(trained):
     for leaf in jax.tree.leaves(state):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert len(copies) == len(strategy.devices)
-        if strategy.axis_name or leaf.sharding.is_fully_replicated:
+        if not isinstance(strategy, Fsdp) or leaf.sharding.is_fully_replicated:
             assert all(np.array_equal(copies[0], copy) for copy in copies)
 
 

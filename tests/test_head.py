@@ -1,0 +1,66 @@
+"""The loss without all logits, against the formula with all of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gptjax import head
+
+DRAW = np.random.default_rng(0)
+B, T, C, V = 3, 11, 5, 13
+
+
+def plain(x, matrix, targets, vocab_size):
+    logits = jnp.einsum("btc,vc->btv", x, matrix)[..., :vocab_size]
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+
+
+@pytest.fixture(params=[1 << 27, 2 * B * V, 4 * B * V, 1], ids=["1", "6", "3", "11"])
+def chunks(request, monkeypatch):
+    """How many; the last one is not always full."""
+    monkeypatch.setattr(head, "LOGITS", request.param)
+
+
+@pytest.mark.parametrize("rows", [V, 16])
+def test_losses_and_gradients_are_those_of_all_logits(chunks, rows):
+    x, targets = DRAW.standard_normal((B, T, C)).astype("f4"), DRAW.integers(0, V, (B, T))
+    matrix = DRAW.standard_normal((rows, C)).astype("f4")
+    losses = head.losses(x, matrix, targets, V)
+    np.testing.assert_allclose(losses, plain(x, matrix, targets, V), rtol=1e-5)
+
+    def ours(x, matrix):
+        return 3 * head.mean_loss(x, matrix, targets, V)
+
+    def expected(x, matrix):
+        return 3 * plain(x, matrix, targets, V).mean()
+
+    value, gradients = jax.value_and_grad(ours, (0, 1))(x, matrix)
+    expected_value, expected_gradients = jax.value_and_grad(expected, (0, 1))(x, matrix)
+    assert float(value) == pytest.approx(float(expected_value), rel=1e-6)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert float(head.mean_loss(x, matrix, targets, V)) == pytest.approx(float(value) / 3)
+
+
+def test_in_bfloat16_logits_and_sums_are_float32(chunks):
+    x, matrix = (jnp.asarray(4 * DRAW.standard_normal(s), "bfloat16") for s in ((B, T, C), (V, C)))
+    targets = DRAW.integers(0, V, (B, T))
+    exact = np.asarray(plain(*(np.asarray(a, "f4") for a in (x, matrix)), targets, V))
+    np.testing.assert_allclose(head.losses(x, matrix, targets, V), exact, rtol=1e-5, atol=1e-5)
+    gradients = jax.grad(head.mean_loss, (0, 1))(x, matrix, targets, V)
+    assert [g.dtype for g in gradients] == [jnp.bfloat16] * 2
+
+
+def test_not_all_logits_are_there_at_once(monkeypatch):
+    monkeypatch.setattr(head, "LOGITS", 64 * 1000)
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, 64, 16), (1000, 16))]
+    targets = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+
+    def scratch(loss):
+        step = jax.jit(jax.grad(lambda *args: loss(*args, 1000).mean(), (0, 1)))
+        return step.lower(*shapes, targets).compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch(head.mean_loss) < scratch(plain) / 4
+    assert scratch(plain) > 4 * 8 * 64 * 1000
