@@ -9,13 +9,13 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from gptjax import attention, config_io, files, resume, run_metadata
+from gptjax import attention, config_io, dry_run, files, resume, run_metadata
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
 from gptjax.data import prepare, token_files
 from gptjax.data.token_files import Dataset
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.devices import dry_run, hosts, memory, setup, topology
+from gptjax.devices import hosts, memory, setup, topology
 from gptjax.errors import RunError, UserError
 from gptjax.run_lock import RunLock
 from gptjax.runtime_config import DistributedConfig, RuntimeConfig
@@ -67,11 +67,11 @@ def train(
         raise UserError(f"--attention {asked} does not fit here: {why}")
     if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
         model = config.model.replace(vocab_size=vocab_size)
-        dry_run.print_needs(config.replace(model=model), runtime, devices)
+        dry_run.print_training(config.replace(model=model), runtime, devices)
         return None
     config, dataset = open_data(config, tokenizer, console)
     if runtime.dry_run:
-        dry_run.print_needs(config, runtime, devices)
+        dry_run.print_training(config, runtime, devices)
         return None
     memory.refuse_too_large(config, runtime)
     try:

@@ -15,11 +15,12 @@ import numpy as np
 
 from gptjax.cache import Cache, init_cache
 from gptjax.config import ModelConfig
+from gptjax.decode_layout import unstack
 from gptjax.devices.cpu import sampling_compiler_options
 from gptjax.generation import Overflow
 from gptjax.hashed_random import gumbel
 from gptjax.logit_threshold import keep_largest
-from gptjax.model import apply, compute_dtype
+from gptjax.model import apply, compute_dtype, init
 from gptjax.train_step import random_key
 
 CHUNK = 64
@@ -171,6 +172,49 @@ def bucket(length: int, block_size: int) -> int:
     return min(block_size, max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()))
 
 
+def slots(prompt: int, max_new_tokens: int, block_size: int) -> int:
+    """Of the cache for so many tokens."""
+    sizes = bucket(prompt, block_size), bucket(max_new_tokens, block_size)
+    return min(block_size, sum(sizes))
+
+
+def compile_for(
+    config: ModelConfig, device: jax.Device, prompt: int, max_new_tokens: int, num_samples: int
+) -> tuple[Any, Any]:
+    """The programs that read a prompt of so many tokens and that draw CHUNK tokens after it, for a
+    device that need not be there."""
+
+    def there(tree: Any) -> Any:
+        sharding = jax.sharding.SingleDeviceSharding(device)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    size = bucket(prompt, config.block_size)
+    room = slots(prompt, max_new_tokens, config.block_size)
+    stacked = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    params = there(jax.eval_shape(functools.partial(unstack, config=config), stacked))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((num_samples, size), jnp.int32)
+    settings = there(jax.eval_shape(lambda: jax.tree.map(jnp.float32, Sampling())))
+    settings = settings._replace(top_k=there(number))
+    key = there(jax.eval_shape(lambda: random_key(0)))
+    reads = functools.partial(prefill, config=config, slots=room)
+    arguments = there((tokens, number, number)), key, settings
+    read = jax.jit(reads).lower(params, *arguments[0], *arguments[1:]).compile()
+    empty = functools.partial(
+        init_cache, config, num_samples, room, compute_dtype(config), stacked=False
+    )
+    cache, token = there((jax.eval_shape(empty), jax.ShapeDtypeStruct((num_samples,), jnp.int32)))
+
+    def draws(params: Any, token: Any, cache: Any, position: Any, key: Any, sampling: Any) -> Any:
+        count = jnp.int32(CHUNK)
+        return decode(params, token, cache, count, position, key, sampling, config=config)
+
+    drawn = jax.jit(draws, donate_argnums=2)
+    return read, drawn.lower(params, token, cache, there(number), key, settings).compile()
+
+
 def generate(
     params: Any,
     prompt: np.ndarray,
@@ -203,7 +247,7 @@ def generate(
     if overflow == "stop":
         # The last token drawn need not fit: nothing follows it.
         end = min(end, max(block + 1, len(prompt)))
-    slots = min(block, bucket(len(prompt), block) + bucket(max_new_tokens, block))
+    room = slots(len(prompt), max_new_tokens, block)
     cache, cached = None, 0
 
     while text.shape[1] < end:
@@ -220,11 +264,11 @@ def generate(
             padded = np.zeros((num_samples, bucket(seen, block)), np.int32)
             padded[:, :seen] = text[:, -seen:]
             token, cache = prefill(
-                params, padded, seen, length, key, settings, config=config, slots=slots
+                params, padded, seen, length, key, settings, config=config, slots=room
             )
             cached, new = seen, np.asarray(token)[:, None]
         else:
-            count = min(chunk, end - length, slots - cached)
+            count = min(chunk, end - length, room - cached)
             out, cache = decode(
                 params, text[:, -1], cache, count, length, key, settings, config=config
             )

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Literal
 
-from gptjax import files
+from gptjax import config_io, files
 from gptjax.commands import flags, terminal
 from gptjax.errors import UserError
 from gptjax.generation import GenerationConfig, GrowingText, grow, prompt_ids
@@ -35,6 +35,18 @@ class GenerateFlags(GenerationConfig):
     """Compute precision, and what the weights are read in. auto: the run's own."""
     device: DeviceKind = "auto"
     """Kind of device to run on."""
+    dry_run: bool = False
+    """Only say what it needs and how fast it can be at most on one chip of --topology. RUN may be a
+    config then (its --prompt is counted in bytes)."""
+    topology: str | None = None
+    """The TPU to compile for in a dry run, which need not be here: v5e-1, v4-8, ... (It takes
+    jax[tpu].)"""
+
+    def problems(self) -> list[str]:
+        out = super().problems()
+        if self.dry_run != (self.topology is not None):
+            out.append("--dry-run and --topology go together")
+        return out
 
 
 DEFAULTS = [GenerateFlags()]
@@ -47,6 +59,9 @@ def main(argv: list[str], prog: str) -> None:
     if not named and given.stop and terminal.is_run(files.path(given.stop[-1])):
         raise UserError(f"--stop takes all that follows it; name the run before: {prog} RUN --stop")
     prompt_text = read_prompt(given)
+    if given.topology:
+        dry_run(run_dir, given, prompt_text or "\n")
+        return
     # JAX is imported when the command runs, not to print its help.
     from gptjax import run
     from gptjax.decode_layout import unstack
@@ -89,6 +104,30 @@ def main(argv: list[str], prog: str) -> None:
             print("---------------")
     took = f"{made} tokens x {given.num_samples} in {time.perf_counter() - began:.1f} s"
     print(f"[{run_dir}, step {model.step}: {took}]", file=sys.stderr)
+
+
+def dry_run(name: str, given: GenerateFlags, prompt: str) -> None:
+    """Raises UserError, RunError."""
+    assert given.topology
+    from gptjax import dry_run, run_metadata
+    from gptjax.data import tokenizers
+    from gptjax.devices import setup, topology
+
+    setup.select_platform("cpu")
+    setup.use_compilation_cache(files.cache_dir() / "xla")
+    device = topology.devices(given.topology)[0]
+    folder = files.path(name)
+    if terminal.is_run(folder) and (metadata := run_metadata.newest_metadata(folder)):
+        config = metadata.config.model
+        count = len(tokenizers.from_json(metadata.tokenizer, name).encode(prompt))
+    else:
+        config, count = config_io.load_config(name)[0].model, len(prompt.encode())
+        config = config.replace(vocab_size=config.vocab_size or 50257)
+    dtype = config.replace(dtype=given.dtype if given.dtype != "auto" else config.dtype)
+    dry_run.print_sampling(
+        setup.resolve_dtype(dtype, device), device, prompt=min(count, config.block_size),
+        max_new_tokens=given.max_new_tokens, num_samples=given.num_samples,
+    )  # fmt: skip
 
 
 def unescape(text: str) -> str:

@@ -55,23 +55,9 @@ class Strategy(abc.ABC):
         """`step(state, Batch, axis_name=...) -> (state, metrics)` over all devices."""
         return TrainStep(self, step, accumulation_steps)
 
-    def map_eval_step(self, step: Callable[..., jax.Array]) -> Callable[..., Any]:
-        """`step(params, windows, weights) -> float32 [b]` over all devices. The result takes
-        parameters in the layout for training, this host's int32 windows [R, T + 1], its weights
-        [R, T] and its stop signal (default 0). It returns the numbers for the rows of all hosts
-        and the largest stop signal, and waits for them."""
-
-        def gathered(params: Any, windows: jax.Array, weights: jax.Array, stop: jax.Array) -> Any:
-            return self.gather(step(params, windows, weights)), self.gather(stop).max()
-
-        mapped = self.map(gathered, returns_state=False)
-
-        def run(params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0) -> Any:
-            found = mapped(params, *map(self.distribute, (windows, weights, self.signal(stop))))
-            sums, largest = (np.asarray(first_shard(x)).reshape(-1) for x in found)
-            return sums, int(largest[0])
-
-        return run
+    def map_eval_step(self, step: Callable[..., jax.Array]) -> "EvalStep":
+        """`step(params, windows, weights) -> float32 [b]` over all devices."""
+        return EvalStep(self, step)
 
     def signal(self, value: int) -> np.ndarray:
         """int32 [local devices]: a number of this host, to be distributed as rows are."""
@@ -133,3 +119,35 @@ class TrainStep:
         many hosts, and need not be there."""
         inputs = self._inputs(np.empty((rows, length), np.int32), 0, abstract=True)
         return self._mapped.lower(self._strategy.abstract_state(shapes), *inputs).compile()
+
+
+class EvalStep:
+    """An evaluation step over all devices of all hosts."""
+
+    def __init__(self, strategy: Strategy, step: Callable[..., jax.Array]):
+        def gathered(params: Any, windows: jax.Array, weights: jax.Array, stop: jax.Array) -> Any:
+            return strategy.gather(step(params, windows, weights)), strategy.gather(stop).max()
+
+        self._mapped = strategy.map(gathered, returns_state=False)
+        self._strategy = strategy
+
+    def __call__(
+        self, params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0
+    ) -> tuple[np.ndarray, int]:
+        """(the numbers for the rows of all hosts, the largest stop signal); waits for them.
+
+        `params` are in the layout for training; this host's int32 windows [R, T + 1], weights
+        [R, T] and stop signal.
+        """
+        strategy = self._strategy
+        rows = map(strategy.distribute, (windows, weights, strategy.signal(stop)))
+        found = self._mapped(params, *rows)
+        sums, largest = (np.asarray(first_shard(x)).reshape(-1) for x in found)
+        return sums, int(largest[0])
+
+    def compile_for(self, shapes: Any, rows: int, length: int) -> Any:
+        """As `TrainStep.compile_for`, for parameters of these shapes."""
+        strategy = self._strategy
+        given = np.empty((rows, length), np.int32), np.empty((rows, length - 1), np.float32)
+        inputs = (strategy.distribute(x, abstract=True) for x in (*given, strategy.signal(0)))
+        return self._mapped.lower(strategy.abstract_state(shapes), *inputs).compile()

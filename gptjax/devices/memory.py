@@ -1,7 +1,9 @@
 """How much memory a training step needs on each device, from compiling it: no array is made."""
 
 import functools
+import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ from gptjax.devices import setup
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import RunError, UserError
 from gptjax.model import compute_dtype
-from gptjax.runtime_config import RuntimeConfig
+from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 GIB = 2**30
 
@@ -38,14 +40,78 @@ def compile_step(
     config: TrainConfig, runtime: RuntimeConfig, devices: Sequence[jax.Device] | None = None
 ) -> Any:
     """The program of one training step, over all devices or over the given ones."""
-    device = devices[0] if devices else None
-    compute, _ = setup.resolve_compute(config.model, runtime, device, train=True)
     step = get_strategy(runtime.strategy, devices).map_train_step(
-        functools.partial(train_step.train_step, config=config, compute=compute),
+        functools.partial(
+            train_step.train_step, config=config, compute=_compute(config, runtime, devices)
+        ),
         runtime.gradient_accumulation_steps,
     )
-    shapes = jax.eval_shape(lambda: train_step.init_state(config))
-    return step.compile_for(shapes, config.batch_size, config.model.block_size + 1)
+    return step.compile_for(_shapes(config), config.batch_size, config.model.block_size + 1)
+
+
+def compile_evaluation(
+    config: TrainConfig, runtime: RuntimeConfig, devices: Sequence[jax.Device]
+) -> Any:
+    """The program that evaluates what fits in training: one micro-batch of all devices."""
+    compute = _compute(config, runtime, devices, train=False)
+    step = get_strategy(runtime.strategy, devices).map_eval_step(
+        functools.partial(train_step.eval_step, config=config.model, compute=compute)
+    )
+    rows = config.batch_size // runtime.gradient_accumulation_steps
+    return step.compile_for(_shapes(config).params, rows, config.model.block_size + 1)
+
+
+def by_kind(
+    config: TrainConfig, runtime: RuntimeConfig, devices: Sequence[jax.Device]
+) -> dict[str, int]:
+    """Bytes of each device for `parameters`, `optimizer`, and `activations`: what the forward pass
+    leaves for the backward pass (where layers are unrolled XLA may keep less)."""
+    shapes = _shapes(config)
+    strategy = get_strategy(runtime.strategy, devices)
+
+    def own(tree: Any) -> int:
+        shardings = jax.tree.leaves(strategy.shardings(tree))
+        return sum(
+            math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x, sharding in zip(jax.tree.leaves(tree), shardings, strict=True)
+        )
+
+    rows = runtime.divide_batch(config, len(devices))
+    compute = _compute(config, runtime, devices)
+
+    def left(params: Any, windows: Any, key: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return train_step.loss(params, windows, config.model, compute, key)
+
+        return jax.vjp(loss, params)[1]
+
+    windows = jax.ShapeDtypeStruct((rows, config.model.block_size + 1), jax.numpy.int32)
+    key = jax.eval_shape(lambda: train_step.random_key(0))
+    kept = Counter(
+        (x.shape, x.dtype)
+        for x in jax.tree.leaves(jax.eval_shape(left, shapes.params, windows, key))
+    )
+    kept.subtract((x.shape, x.dtype) for x in jax.tree.leaves(shapes.params))
+    activations = sum(
+        math.prod(shape) * dtype.itemsize * max(count, 0) for (shape, dtype), count in kept.items()
+    )
+    return {
+        "parameters": own(shapes.params),
+        "optimizer": own(shapes.opt_state),
+        "activations": activations,
+    }
+
+
+def _compute(
+    config: TrainConfig, runtime: RuntimeConfig, devices: Sequence[jax.Device] | None, *,
+    train: bool = True,
+) -> ComputeConfig:  # fmt: skip
+    device = devices[0] if devices else None
+    return setup.resolve_compute(config.model, runtime, device, train=train)[0]
+
+
+def _shapes(config: TrainConfig) -> train_step.TrainState:
+    return jax.eval_shape(lambda: train_step.init_state(config))
 
 
 def of_program(program: Any) -> StepMemory:

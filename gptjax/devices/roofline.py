@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -25,7 +25,8 @@ COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "colle
 
 MOVES_NOTHING = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "call", "after-all", "partition-id", "replica-id", "opt-barrier",
+    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "AllocateBuffer",
+    "ConcatBitcast",
 )  # fmt: skip
 """Instructions that only name what is there already, or run others. What ends an asynchronous
 one ("copy-done") moves nothing either."""
@@ -59,6 +60,12 @@ class Instruction(NamedTuple):
         """Where in our program it comes from, as JAX says; or ""."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
+
+    def shortly(self) -> str:
+        """For people: its largest result, and the end of its source."""
+        kind, sides, _ = max(_arrays(self.results), key=lambda x: _size(x, everywhere=True))
+        words = "/".join(self.source.split("/")[-3:])
+        return f"{self.kind} {kind}[{','.join(map(str, sides))}] {words}".rstrip()
 
 
 class Program:
@@ -101,7 +108,7 @@ class Program:
             if kind in COLLECTIVES:
                 here = self._instructions[name]
                 given = "".join(here[x].results for x in instruction.operands if x in here)
-                size = max(
+                size: float = max(
                     _total(given, everywhere=True), _total(instruction.results, everywhere=True)
                 )
                 if kind != instruction.kind and kind != "all-reduce":  # (operands, results, ...)
@@ -109,9 +116,9 @@ class Program:
                 # An asynchronous one is spread over several fusions, under one number.
                 chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
                 found[chain[1] if chain else f"{name} {instruction.name}"] = kind, times * size
-        sizes: Any = Counter()
+        sizes = Counter[str]()
         for kind, size in found.values():
-            sizes[kind] += size
+            sizes[kind] += round(size)
         return sizes
 
     def _executed(
@@ -291,6 +298,8 @@ def _instructions(text: str) -> Iterator[Instruction]:
         results = line[: _closing(line)] if line[0] == "(" else line.split(" ", 1)[0]
         rest = line[len(results) :].lstrip()
         kind, _, after = rest.partition("(")
+        if kind == "custom-call" and "tpu_custom_call" not in after:
+            kind = (re.findall(r'custom_call_target="(\w+)"', after) or [kind])[0]
         end = _closing("(" + after) - 1
         operands = re.findall(r"%([\w.-]+)", after[:end]) or re.findall(r"[\w.-]+", after[:end])
         yield Instruction(found[2], kind, results, tuple(operands), after[end:], bool(found[1]))
