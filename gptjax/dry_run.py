@@ -58,11 +58,11 @@ def print_training(
     if chip:
         tokens = config.batch_size * model.block_size / len(devices)
         step = roofline.Program(program.as_text())
-        _print_bound("a step", step, chip, len(devices), tokens, model.flops_per_token())
+        print_bound("a step", step, chip, len(devices), tokens, model.flops_per_token())
         program, seconds = _timed(lambda: memory.compile_evaluation(config, runtime, devices))
         evaluation = roofline.Program(program.as_text())
         tokens /= runtime.gradient_accumulation_steps
-        _print_bound("evaluating", evaluation, chip, len(devices), tokens)
+        print_bound("evaluating", evaluation, chip, len(devices), tokens)
         for size, instruction in step.traffic()[:MOST]:
             print(f"most bytes {size / 1e9:6.2f} GB  {instruction.shortly()}")
     of = f"{gib(found.peak)} of {gib(have)} ({source})"
@@ -97,8 +97,8 @@ def print_sampling(
         f" {cache / 1e9:.3f} GB"
     )
     read, drawn = (roofline.Program(program.as_text()) for program in programs)
-    _print_bound("the prompt", read, chip, 1, num_samples * prompt)
-    _print_bound("a token", drawn, chip, 1, num_samples, times=sampling.CHUNK)
+    print_bound("the prompt", read, chip, 1, num_samples * prompt)
+    print_bound("a token", drawn, chip, 1, num_samples, times=sampling.CHUNK)
     moved = drawn.cost().bytes / sampling.CHUNK
     print(f"           {moved / (weights + cache):.2f} times the weights, keys and values")
     for size, instruction in drawn.traffic()[:MOST]:
@@ -118,7 +118,7 @@ def _timed(make: Callable[[], Any]) -> tuple[Any, float]:
     return make(), time.perf_counter() - began
 
 
-def _print_bound(
+def print_bound(
     what: str,
     program: roofline.Program,
     chip: chips.Chip,
@@ -129,14 +129,12 @@ def _print_bound(
 ) -> None:
     """What a program, which does it so many `times`, costs each of `count` devices, and the least
     time for its `tokens` of each device."""
-    cost, sent = program.cost(), program.collectives()
+    cost, sent = program.cost(), program.sent()
     seconds = {"arithmetic": cost.flops / chip.flops / times}
     if chip.memory_bandwidth:
         seconds["memory"] = cost.bytes / chip.memory_bandwidth / times
     if chip.links and count > 1:
-        # A ring passes a sum round twice.
-        moved = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sent.items())
-        seconds["links"] = moved * (count - 1) / count / chip.links / times
+        seconds["links"] = sent.total() / chip.links / times
     slowest = max(seconds, key=seconds.__getitem__)
     rate = tokens / seconds[slowest]
     kinds = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in sent.most_common())

@@ -201,7 +201,7 @@ def features(
 ) -> tuple[jax.Array, jax.Array, Cache | None]:
     """As `apply`, with ([B, T, C], the head's matrix [V or more, C]) in place of their product."""
     gather_block = None
-    if sharding.is_mapped():
+    if sharding.mapped_axes():
         axes = shared_axes(config, params)
         params = {  # those outside the blocks
             name: x if name == "h" else sharding.gather(x, axes[name], jnp.float32)
@@ -252,7 +252,7 @@ def apply(
 
 def shared_axes(config: ModelConfig, params: Params) -> Any:
     """For each parameter the axis along which it is a part of the whole one (`sharding.axes`)."""
-    if not sharding.is_mapped():
+    if not sharding.mapped_axes():
         return jax.tree.map(lambda _: sharding.WHOLE, params)
     whole = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     return sharding.axes(params, whole)

@@ -12,15 +12,17 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 
 SHARDS = "shards"
-"""The mapped axis over which `devices.shard_map` and `devices.fsdp` lay out a step."""
+"""What the names of the mapped axes begin with over which `devices.fsdp` lays out a step: one, or
+those of a TPU's torus."""
 
 WHOLE = -1
 """Instead of an axis: the device has the whole array."""
 
 
-def is_mapped() -> bool:
-    """Whether the caller is traced for one device of that axis."""
-    return SHARDS in jax.sharding.get_abstract_mesh().axis_names
+def mapped_axes() -> tuple[str, ...]:
+    """These axes, where the caller is traced for one device of them; else ()."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(name for name in names if name.startswith(SHARDS))
 
 
 def axes(parts: Any, whole: Any) -> Any:
@@ -43,7 +45,11 @@ def gather(parts: Any, axes: Any, dtype: jnp.dtype) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(part: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
-    whole = jax.lax.all_gather(part.astype(dtype), SHARDS, axis=axis, tiled=True)
+    whole = part.astype(dtype)
+    # One axis of the torus after the other: at once XLA would add up arrays filled with zeros, or
+    # whole gradients, which sends twice as much.
+    for name in reversed(mapped_axes()):
+        whole = jax.lax.all_gather(whole, name, axis=axis, tiled=True)
     return checkpoint_name(whole, "weights")
 
 
@@ -52,19 +58,20 @@ def _gather_forward(part: jax.Array, axis: int, dtype: jnp.dtype) -> tuple[jax.A
 
 
 def _gather_backward(axis: int, _: Any, __: None, gradient: jax.Array) -> tuple[jax.Array]:
-    wide = gradient.astype(jnp.float32)
-    return (jax.lax.psum_scatter(wide, SHARDS, scatter_dimension=axis, tiled=True),)
+    part = gradient.astype(jnp.float32)
+    for name in mapped_axes():
+        part = jax.lax.psum_scatter(part, name, scatter_dimension=axis, tiled=True)
+    return (part,)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
 
 
-def average(gradients: Any, axes: Any, axis_name: str) -> Any:
+def average(gradients: Any, axes: Any, axis_name: str | tuple[str, ...]) -> Any:
     """The mean over all devices. Of parts the sum is there already, by `gather`."""
+    count = jax.lax.axis_size(axis_name)
     return jax.tree.map(
-        lambda x, axis: (
-            jax.lax.pmean(x, axis_name) if axis == WHOLE else x / jax.lax.axis_size(axis_name)
-        ),
+        lambda x, axis: jax.lax.pmean(x, axis_name) if axis == WHOLE else x / count,
         gradients,
         axes,
     )
@@ -76,5 +83,5 @@ def norm(tree: Any, axes: Any) -> jax.Array:
     parts = [x for x, axis in pairs if axis != WHOLE]
     whole = optax.tree.norm([x for x, axis in pairs if axis == WHOLE], squared=True)
     if parts:
-        whole += jax.lax.psum(optax.tree.norm(parts, squared=True), SHARDS)
+        whole += jax.lax.psum(optax.tree.norm(parts, squared=True), mapped_axes())
     return jnp.sqrt(whole)

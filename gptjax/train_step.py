@@ -79,13 +79,13 @@ def train_step(
     batch: Batch,
     config: TrainConfig,
     compute: ComputeConfig = ComputeConfig(),
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
     Args:
         batch: this device's share of the data.
-        axis_name: the mapped axis to average gradients over; None runs on one device.
+        axis_name: the mapped axis, or axes, to average gradients over; None runs on one device.
 
     Returns:
         The new state, and float32 scalars: `train_loss` of this batch before the update,

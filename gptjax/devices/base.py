@@ -16,8 +16,8 @@ class Strategy(abc.ABC):
     """One way to lay out a state over devices. A state has two layouts: one for saving, in which it
     is also initialised and restored, and one for training. Here they are the same."""
 
-    axis_name: str | None = None
-    """The axis over which a step has to average; None: it sees the global batch."""
+    axis_name: str | tuple[str, ...] | None = None
+    """The axis, or axes, over which a step has to average; None: it sees the global batch."""
 
     def __init__(self, devices: Sequence[jax.Device]):
         # By host, in the order of `host_rows`: a pod may list its devices in another one.

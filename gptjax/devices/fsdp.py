@@ -17,14 +17,17 @@ class Fsdp(Strategy):
     """A share of every matrix, and of the optimizer's moments of it, on every device; `sharding`
     says how the model gathers weights."""
 
-    axis_name = SHARDS
-
     def __init__(self, devices: Sequence[jax.Device]):
         super().__init__(devices)
-        self.mesh = Mesh(np.array(self.devices), (SHARDS,))
+        grid = torus(self.devices)
+        self.mesh = Mesh(grid, [f"{SHARDS}_{i}" for i in range(grid.ndim)])
+        self.axis_name: tuple[str, ...] = self.mesh.axis_names
+        self._rows = PartitionSpec(self.axis_name)
+        at = {device: i for i, device in enumerate(self.mesh.devices.flat)}
+        self._order = np.array([at[device] for device in self.devices])
 
     def shardings(self, shapes: Any) -> Any:
-        """Matrices are sharded along their last axis that the number of devices divides; all else
+        """Matrices are sharded along their first axis that the number of devices divides; all else
         is replicated."""
 
         def sharding(path: Any, x: Any) -> NamedSharding:
@@ -32,7 +35,8 @@ class Fsdp(Strategy):
             divisible = [i for i in range(layers, x.ndim) if x.shape[i] % self.mesh.size == 0]
             if x.ndim - layers < 2 or not divisible:
                 return NamedSharding(self.mesh, PartitionSpec())
-            return NamedSharding(self.mesh, PartitionSpec(*[None] * divisible[-1], SHARDS))
+            spec = PartitionSpec(*[None] * divisible[0], self.axis_name)
+            return NamedSharding(self.mesh, spec)
 
         return jax.tree_util.tree_map_with_path(sharding, shapes)
 
@@ -40,11 +44,11 @@ class Fsdp(Strategy):
         def whole(state: Any, *rows: Any) -> Any:
             specs = jax.tree.map(lambda sharding: sharding.spec, self.shardings(state))
             spread = [
-                PartitionSpec(None, SHARDS) if isinstance(x, Batch) else PartitionSpec(SHARDS)
+                PartitionSpec(None, *self._rows) if isinstance(x, Batch) else self._rows
                 for x in rows
             ]
             out = (specs, PartitionSpec()) if returns_state else PartitionSpec()
-            # Kernels say nothing of how their outputs vary over devices, so it is not checked.
+            # Kernels do not say how their outputs vary over devices, so that is not checked.
             return jax.shard_map(
                 function, mesh=self.mesh, in_specs=(specs, *spread), out_specs=out, check_vma=False
             )(state, *rows)
@@ -54,16 +58,35 @@ class Fsdp(Strategy):
     def distribute(
         self, rows: np.ndarray, accumulation_steps: int | None = None, *, abstract: bool = False
     ) -> Any:
-        spec = PartitionSpec(SHARDS)
-        if accumulation_steps is not None:
-            # A device gets the same rows for each micro-batch as under pmap.
-            split = rows.reshape(self.local_count, accumulation_steps, -1, *rows.shape[1:])
-            rows = split.swapaxes(0, 1).reshape(accumulation_steps, -1, *rows.shape[1:])
-            spec = PartitionSpec(None, SHARDS)
-        sharding = NamedSharding(self.mesh, spec)
+        # A device gets the same rows, for each micro-batch too, as under pmap: so they lie in the
+        # global array in the order of the mesh. (They know their numbers; see `gather`.)
+        steps = () if accumulation_steps is None else (accumulation_steps,)
+        each = rows.reshape(self.local_count, *steps, -1, *rows.shape[1:])
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * len(steps), *self._rows))
+        shape = (*steps, each.shape[1 + len(steps)] * len(self.devices), *rows.shape[1:])
         if abstract:
-            return jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=sharding)
-        return jax.make_array_from_process_local_data(sharding, rows)
+            return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
+        own = [device for device in self.devices if device.process_index == jax.process_index()]
+        parts = [jax.device_put(part, device) for part, device in zip(each, own, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     def gather(self, rows: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(rows, SHARDS, tiled=True)
+        by_device = jax.lax.all_gather(rows, self.axis_name)[self._order]
+        return by_device.reshape(-1, *rows.shape[1:])
+
+
+def torus(devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as the links between them lie: of a TPU slice [x, y, z] without axes of one chip;
+    others [devices]."""
+
+    def place(device: Any) -> tuple[int, ...]:
+        return (*getattr(device, "coords", ()), getattr(device, "core_on_chip", 0))
+
+    places = np.array([place(device) for device in devices])
+    sides = places.max(0) - places.min(0) + 1
+    if sides.prod() != len(devices) or len(devices) == 1:
+        return np.array(devices)
+    grid = np.empty(sides, object)
+    for device, at in zip(devices, places - places.min(0), strict=True):
+        grid[tuple(at)] = device
+    return grid.squeeze()

@@ -73,6 +73,8 @@ class Program:
 
     def __init__(self, text: str):
         self._header = re.match(r"HloModule [\w.-]+", text)[0]  # type: ignore[index]
+        counts = re.findall(r"(?:replica_count|num_partitions)=(\d+)", text.split("\n", 1)[0])
+        self._devices = math.prod(map(int, counts))
         # What describes a kernel holds line ends, which XLA's own parser does not read.
         body = re.sub(r"frontend_attributes=\{kernel_metadata=\{.*?\n\}\}, ", "", text, flags=re.S)
         body = body[body.index("\n") :]
@@ -100,26 +102,38 @@ class Program:
         ]
         return sorted(found, key=lambda pair: -pair[0])
 
-    def collectives(self) -> Counter[str]:
-        """{kind: bytes of the whole arrays, before or after, as often as it runs}."""
+    def sent(self) -> Counter[str]:
+        """{kind of collective: bytes that a device sends}, where they go round in a ring."""
         found: dict[str, tuple[str, float]] = {}
         for name, instruction, times in self._executed(self._entry, inside=True):
             kind = instruction.kind.removesuffix("-start")
-            if kind in COLLECTIVES:
-                here = self._instructions[name]
-                given = "".join(here[x].results for x in instruction.operands if x in here)
-                size: float = max(
-                    _total(given, everywhere=True), _total(instruction.results, everywhere=True)
-                )
-                if kind != instruction.kind and kind != "all-reduce":  # (operands, results, ...)
-                    size = _size(_arrays(instruction.results)[1], everywhere=True)
-                # An asynchronous one is spread over several fusions, under one number.
-                chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
-                found[chain[1] if chain else f"{name} {instruction.name}"] = kind, times * size
+            if kind not in COLLECTIVES:
+                continue
+            here = self._instructions[name]
+            given = "".join(here[x].results for x in instruction.operands if x in here)
+            size: float = max(_total(x, everywhere=True) for x in (given, instruction.results))
+            if kind != instruction.kind and kind != "all-reduce":  # (operands, results, ...)
+                size = _size(_arrays(instruction.results)[1], everywhere=True)
+            if "all-reduce-scatter" in name:  # of which each device keeps its part
+                kind = "reduce-scatter"
+            group = self._group(instruction.attributes)
+            passes = {"all-reduce": 2, "collective-permute": group / max(1, group - 1)}
+            size *= passes.get(kind, 1) * (group - 1) / group
+            # An asynchronous one is spread over several fusions, under one number.
+            chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+            found[chain[1] if chain else f"{name} {instruction.name}"] = kind, times * size
         sizes = Counter[str]()
         for kind, size in found.values():
             sizes[kind] += round(size)
         return sizes
+
+    def _group(self, attributes: str) -> int:
+        """How many devices take part in a collective."""
+        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+            return listed[1].count(",") + 1
+        if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+            return int(counted[1])
+        return self._devices
 
     def _executed(
         self, name: str, times: float = 1, *, inside: bool = False

@@ -10,8 +10,7 @@ from helpers import TRAIN, assert_one_clear_line
 
 import gptjax
 from gptjax.config import PRESETS, ModelConfig, TrainConfig
-from gptjax.devices import dry_run, memory
-from gptjax.errors import RunError
+from gptjax.devices import memory
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
 # What the sequences need outweighs the weights.
@@ -51,16 +50,21 @@ def test_fsdp_needs_less_of_each_device_for_everything():
     assert shared.state < whole.state / 7.9 and shared.step < whole.step / 1.4
 
 
-def test_a_dry_run_says_whether_each_device_has_enough(capsys):
-    config = TrainConfig(ModelConfig(0, 4, 64, block_size=32, vocab_size=96), batch_size=8)
-    dry_run.print_needs(config, RuntimeConfig(device_memory=1, strategy="fsdp"), jax.devices())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "model      8,192 parameters, batch 8 x 32"  # (96 + 32) x 64
-    assert lines[1].startswith("devices    8 x cpu, fsdp, computing in float32; compiled in")
-    assert lines[2].startswith("each       0.00 GiB for the state,")
-    assert lines[3] == "it fits: each device needs 0.00 GiB of 1.00 GiB (--device-memory)"
-    with pytest.raises(RunError, match=r"it does not fit: each device needs 0\.00 GiB of 0\.00"):
-        dry_run.print_needs(config, RuntimeConfig(device_memory=1e-5), jax.devices())
+@pytest.mark.parametrize(("strategy", "share"), [("pmap", 1), ("fsdp", 8)])
+def test_memory_is_known_by_kind(strategy, share):
+    """A loop of blocks that keep, for each token, their input, qkv, attention's output, the sum
+    after it and the MLP's hidden layer: 10 C numbers."""
+    config = TrainConfig(ModelConfig(3, 2, 64, block_size=32, vocab_size=96), batch_size=16)
+    runtime = RuntimeConfig(strategy=strategy, compute=ComputeConfig(scan_unroll=1))
+    found = memory.by_kind(config, runtime, jax.devices())
+    model = config.model
+    matrices = 3 * 12 * 64**2 + (96 + 32) * 64
+    parameters = matrices / share + model.num_parameters() - matrices
+    assert found["parameters"] == 4 * parameters
+    assert found["optimizer"] == 8 * parameters + 4  # and a count
+    kept = 4 * 64 * (3 * 10 * 64 + 2 * 64)  # two sequences; and what ln_f and the head need
+    gradient_of_head = 4 * 96 * 64
+    assert found["activations"] == pytest.approx(kept + gradient_of_head, rel=0.1)
 
 
 def test_the_memory_of_a_cpu_is_shared_by_its_devices():
@@ -96,7 +100,7 @@ def test_the_large_configs_compile_and_fit(command, tmp_path, config, count, sta
     flags = f"--dry-run --device cpu --num-devices {count} --device-memory 95".split()
     result = command(TRAIN, config, *flags)
     assert result.returncode == 0 and "it fits: each device needs" in result.stdout, result.stderr
-    found = float(result.stdout.split("each       ")[1].split(" GiB")[0])
+    found = float(result.stdout.split(" GiB more while")[0].split("; ")[-1])
     assert found == pytest.approx(state, rel=0.03, abs=0.011)
     assert not list(tmp_path.iterdir())  # no data, no run
 

@@ -59,21 +59,27 @@ def test_a_scanned_model_costs_what_the_unrolled_one_does():
 def test_what_devices_send_is_known(strategy):
     config = TrainConfig(ModelConfig(2, 2, 64, block_size=32, vocab_size=128), batch_size=8)
     compiled = memory.compile_step(config, RuntimeConfig(strategy=strategy))
-    sent = roofline.Program(compiled.as_text()).collectives()
+    sent = roofline.Program(compiled.as_text()).sent()
     parameters = jax.eval_shape(functools.partial(train_step.init_state, config)).params
     size = 4 * sum(x.size for x in jax.tree.leaves(parameters))
-    if strategy == "pmap":  # the gradients, and some single numbers
-        assert sent["all-reduce"] == pytest.approx(size, abs=200)
-    else:  # the matrices, before the forward and before the backward pass at least
-        assert sent["all-gather"] > size
+    matrices = 4 * (2 * 12 * 64**2 + (128 + 32) * 64)
+    blocks = 4 * 2 * 12 * 64**2
+    # Each of 8 devices sends 7/8 of an array; of a sum twice.
+    if strategy == "pmap":  # the gradients, and some single numbers; each device's stop signal
+        assert sent["all-reduce"] == pytest.approx(2 * 7 / 8 * size, abs=200)
+        assert sent["all-gather"] == 7 * 4
+    else:  # weights, those of blocks for the backward pass again; gradients; biases and norms
+        assert sent["all-gather"] == pytest.approx(7 / 8 * (matrices + blocks), abs=200)
+        assert sent["reduce-scatter"] == 7 / 8 * matrices
+        assert sent["all-reduce"] == pytest.approx(2 * 7 / 8 * (size - matrices), abs=200)
 
 
 def test_asynchronous_results_are_counted_once():
-    text = """HloModule m
+    text = """HloModule m, replica_count=4
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]) parameter(0)
-  %a = (f32[8], f32[32]) all-gather-start(%g), channel_id=7, dimensions={0}
+  %a = (f32[8], f32[32]) all-gather-start(%g), replica_groups={{0,1},{2,3}}, dimensions={0}
   %b = f32[32] all-gather-done(%a)
 }
 
@@ -81,9 +87,30 @@ def test_asynchronous_results_are_counted_once():
   %n = s32[] constant(12)
 }
 
+%one (x: f32[8]) -> f32[8] {
+  %c = f32[16] all-gather(%x), frontend_attributes={chain_id="3"}, dimensions={0}
+}
+
+%other (x: f32[8]) -> f32[8] {
+  %d = f32[16] all-gather(%x), frontend_attributes={chain_id="3"}, dimensions={0}
+}
+
+%all-reduce-scatter.1 (x: f32[8]) -> f32[2] {
+  %e = f32[8] all-reduce(%x), replica_groups=[1,4]<=[4], to_apply=%sum
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %w = (s32[], f32[8]) while(%t), condition=%test, body=%body
   %r = (bf16[4,4], f32[2]) all-reduce(%u, %v), channel_id=9, to_apply=%sum
+  %f = f32[8] fusion(%x), calls=%one
+  %g = f32[8] fusion(%x), calls=%other
+  %h = f32[2] fusion(%x), calls=%all-reduce-scatter.1
+  %i = f32[8] collective-permute(%x), source_target_pairs={{0,1}}
 }
 """
-    assert roofline.Program(text).collectives() == {"all-gather": 12 * 128, "all-reduce": 32 + 8}
+    assert roofline.Program(text).sent() == {
+        "all-gather": 12 * 128 / 2 + 64 * 3 / 4,
+        "all-reduce": 2 * (32 + 8) * 3 / 4,
+        "reduce-scatter": 32 * 3 / 4,
+        "collective-permute": 32,
+    }
