@@ -14,7 +14,11 @@ from gptjax.trainer import Callback, Row, Trainer
 
 FIELDS = (
     "step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds",
+    "time", "goodput",
 )  # fmt: skip
+"""As `trainer.Row`; `seconds` of all processes of the run; `time`: when, in seconds since 1970; and
+`goodput`, the share of the time since the first row that was training which still counts: not
+evaluating, saving, compiling, waiting for a machine, or steps that were lost and taken again."""
 
 BUCKET_INTERVAL = 15
 """Seconds between two writes of metrics.jsonl to a bucket."""
@@ -78,6 +82,7 @@ class MetricsLog(Callback):
             self._path.replace(self._path.with_name("metrics.before.jsonl"))
         self._rows = [row for row in rows if start.step and row["step"] <= last]
         self._seconds_before = float(self._rows[-1].get("seconds") or 0) if self._rows else 0.0
+        self._began: float | None = self._rows[0].get("time") if self._rows else None
         self._write()
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
@@ -85,7 +90,10 @@ class MetricsLog(Callback):
         BUCKET_INTERVAL has passed, and before a checkpoint."""
         if "seconds" not in row:
             return
-        row = row | {"seconds": row["seconds"] + self._seconds_before}
+        now, seconds = time.time(), row["seconds"] + self._seconds_before
+        row = row | {"seconds": seconds, "time": now}
+        self._began = self._began or now
+        row["goodput"] = seconds / (now - self._began) if now > self._began else None
         if not self._remote:
             self._write(row)
             return

@@ -99,6 +99,9 @@ class RuntimeConfig(Config):
     sample_tokens: int = 300
     """Tokens of the sample printed after each evaluation; 0 prints none."""
 
+    profile_steps: str | None = None
+    """Trace these steps into RUN_DIR/profile, for TensorBoard or xprof: 10:15."""
+
     device: DeviceKind = "auto"
     """Kind of device to train on. auto: the fastest kind that is there."""
     num_devices: int | None = None
@@ -136,9 +139,19 @@ class RuntimeConfig(Config):
             out.append("run_dir is empty; name a folder")
         if self.topology is not None and not self.dry_run:
             out.append("topology is for a dry run; add --dry-run")
+        if self.profile_steps is not None and not 0 < self.profiled()[0] <= self.profiled()[1]:
+            out.append(
+                f"profile_steps {self.profile_steps!r} must be the first and the last step to"
+                " trace, such as 10:15"
+            )
         if self.device_memory is not None and not self.device_memory > 0:
             out.append(f"device_memory {self.device_memory} must be a number above 0")
         return out
+
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step to trace; (0, 0): none."""
+        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps or "")
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
     def divide_batch(self, config: TrainConfig, num_devices: int) -> int:
         """Sequences of one device's micro-batch. Raises UserError, with the nearest sizes that

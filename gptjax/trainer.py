@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from gptjax import resume, sampling, train_step
@@ -255,7 +256,8 @@ class Trainer:
                 program = self._train_step.compile(self.state, batch)
                 if warning := memory.shortage(program, self.runtime):
                     self._call("on_note", warning)
-            self.state, metrics = self._train_step(self.state, batch, self.stop())
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):  # for `profile`
+                self.state, metrics = self._train_step(self.state, batch, self.stop())
             if first:
                 hosts.fetch(metrics)
                 self.first_step_seconds = time.perf_counter() - began

@@ -19,6 +19,9 @@ TRAIN = ROOT / "train_jax.py"
 GENERATE = ROOT / "generate_jax.py"
 SHAKESPEARE = Path(os.environ.get("GPTJAX_CACHE_DIR", "")) / "tinyshakespeare.txt"
 
+TIMED = "seconds", "tokens_per_second", "time", "goodput"
+"""What two equal runs have different in metrics.jsonl."""
+
 _WORDS = """now is the winter of our discontent made glorious summer by this sun and all clouds
 that loured upon house in deep bosom ocean buried brows bound with victorious wreaths bruised arms
 hung up for monuments stern alarums changed to merry meetings dreadful marches delightful""".split()
@@ -115,7 +118,7 @@ def final_state(run_dir: Path, step: int = 40) -> list[np.ndarray]:
 def logged(run_dir: Path) -> list[dict]:
     """metrics.jsonl without its timing fields."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: r[k] for k in r if k not in ("seconds", "tokens_per_second")} for r in rows]
+    return [{k: r[k] for k in r if k not in TIMED} for r in rows]
 
 
 def assert_same_run(a: Path, b: Path, step: int = 40) -> None:

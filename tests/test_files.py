@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 from fake_gcs import FakeGcs
-from helpers import GENERATE, TINY, TRAIN, assert_one_clear_line, finish, logged, start
+from helpers import GENERATE, TIMED, TINY, TRAIN, assert_one_clear_line, finish, logged, start
 
 from gptjax import files
 from gptjax.errors import UserError
@@ -177,7 +177,7 @@ def checkpoints(gcs) -> tuple[set[str], set[str]]:
 def metrics(gcs) -> list[dict]:
     """metrics.jsonl without its timing fields."""
     rows = map(json.loads, gcs.objects["bucket/run/metrics.jsonl"][1].splitlines())
-    return [{k: r[k] for k in r if k not in ("seconds", "tokens_per_second")} for r in rows]
+    return [{k: r[k] for k in r if k not in TIMED} for r in rows]
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_rows_have_every_field_and_nothing_else(tmp_path):
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert list(json.loads(line)) == [
         "step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second",
-        "seconds",
+        "seconds", "time", "goodput",
     ]  # fmt: skip
     assert metrics.read(tmp_path / "metrics.jsonl")[0]["learning_rate"] is None
 
@@ -54,6 +54,16 @@ def test_a_resume_drops_rows_that_come_again_and_adds_up_time(tmp_path):
     found = [(r["step"], r["train_loss"], r["seconds"]) for r in metrics.read(
         tmp_path / "metrics.jsonl")]  # fmt: skip
     assert found == [(10, 2.0, 10.0), (20, 2.0, 20.0), (30, 1.0, 25.0)]
+
+
+def test_goodput_is_the_share_of_time_that_trained(tmp_path, monkeypatch):
+    now = iter([1000.0, 1100.0, 1400.0, 1600.0])
+    monkeypatch.setattr(metrics.time, "time", lambda: next(now))
+    write(log_at(tmp_path), row(0, seconds=0.0), row(10, seconds=80.0), row(20, seconds=90.0))
+    # 300 s later, from step 10 on: what came after it is lost.
+    write(log_at(tmp_path, 10), row(20, seconds=100.0))
+    found = [(r["time"], r["goodput"]) for r in metrics.read(tmp_path / "metrics.jsonl")]
+    assert found == [(1000.0, None), (1100.0, 0.8), (1600.0, (80 + 100) / 600)]
 
 
 def test_a_run_that_has_lost_its_checkpoints_is_refused(tmp_path):

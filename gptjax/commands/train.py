@@ -39,12 +39,13 @@ def main(argv: list[str], prog: str) -> None:
     # JAX is imported when the command runs, not to print its help.
     from gptjax import launch
     from gptjax.metrics import MetricsLog
+    from gptjax.profile import Profile
     from gptjax.progress import ProgressDisplay, Samples
     from gptjax.signals import StopSignal
 
     stop, display = StopSignal(), ProgressDisplay()
     with contextlib.closing(stop), contextlib.closing(display):
-        callbacks = [stop, MetricsLog(), display, Samples(display)]
+        callbacks = [stop, MetricsLog(), display, Samples(display), Profile()]
         trainer = launch.train(
             config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
             console=console.make(),
