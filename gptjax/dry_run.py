@@ -1,6 +1,7 @@
 """What training and sampling need of their devices, and how fast these can be at most: by compiling
 the programs, for devices that need not be there."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,8 +115,17 @@ def print_sampling(
 
 
 def _timed(make: Callable[[], Any]) -> tuple[Any, float]:
+    """(what it makes, seconds). RunError where a TPU's compiler finds that it does not fit."""
     began = time.perf_counter()
-    return make(), time.perf_counter() - began
+    try:
+        return make(), time.perf_counter() - began
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sizes = re.findall(r"\(([\d.]+)([KMG])\)", str(error))
+        more = [f"{number} {unit}iB" for number, unit in sizes[:2]]
+        of = f": a step needs {' of '.join(more)}, besides the state" if len(more) > 1 else ""
+        raise RunError(f"it does not fit{of}; {REMEDIES}") from None
 
 
 def print_bound(
