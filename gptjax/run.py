@@ -18,6 +18,7 @@ from gptjax.data import tokenizers
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.decode_layout import unstack
 from gptjax.devices import memory, setup
+from gptjax.devices.strategy import get_strategy
 from gptjax.errors import RunError, UserError
 from gptjax.generation import GenerationConfig, GrowingText, Overflow, grow, prompt_ids
 from gptjax.model import Params
@@ -34,7 +35,7 @@ class Run:
 
     config: ModelConfig
     params: Params
-    """A nested dict of float32 arrays on one device."""
+    """A nested dict of float32 arrays, on one device unless they were loaded `sharded`."""
     tokenizer: Tokenizer
     step: int = 0
     """Optimizer steps that the weights have seen."""
@@ -189,7 +190,10 @@ def tokens(
     """As `sampling.generate`; one token at a time where they are streamed. UserError: so many
     samples do not fit."""
     total = len(prompt) + settings.max_new_tokens
-    memory.refuse_too_many(config, settings.num_samples, total)
+    # Weights that are shared out stay so; else the samples are.
+    alone = len(jax.tree.leaves(params)[0].sharding.device_set) == 1
+    devices = jax.local_devices() if alone else []
+    memory.refuse_too_many(config, settings.num_samples, total, max(1, len(devices)))
     return sampling.generate(
         params,
         prompt,
@@ -200,6 +204,7 @@ def tokens(
         seed=settings.seed,
         overflow=settings.overflow,
         chunk=1 if stream else sampling.CHUNK,
+        devices=devices,
     )
 
 
@@ -231,6 +236,7 @@ def load(
     checkpoint: str | int = "best",
     *,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    sharded: bool = False,
 ) -> Run:
     """A run that was trained or imported.
 
@@ -238,12 +244,14 @@ def load(
         run_dir: its folder; nothing else is needed. gs://BUCKET/PATH too.
         checkpoint: "best" (lowest validation loss), "latest", or a step.
         dtype: compute precision; auto: the run's own.
+        sharded: share the weights out over all devices, where one cannot hold them.
 
     Raises:
         UserError: there is no such run or checkpoint, or none that is whole.
     """
     name = str(run_dir)
-    loaded = run_metadata.load_checkpoint(files.path(name), str(checkpoint), on_one_device)
+    targets = get_strategy("fsdp").targets if sharded else on_one_device
+    loaded = run_metadata.load_checkpoint(files.path(name), str(checkpoint), targets)
     metadata = loaded.metadata
     config = metadata.config.model
     config = setup.resolve_dtype(config if dtype == "auto" else config.replace(dtype=dtype))

@@ -6,12 +6,13 @@ sampling settings are arrays, so that changing them never does.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax.cache import Cache, init_cache
 from gptjax.config import ModelConfig
@@ -226,6 +227,7 @@ def generate(
     seed: int = 0,
     overflow: Overflow = "exact",
     chunk: int = CHUNK,
+    devices: Sequence[jax.Device] = (),
 ) -> Iterator[np.ndarray]:
     """Continue `prompt` (int [P], P >= 1) `num_samples` times.
 
@@ -234,7 +236,9 @@ def generate(
 
     Past block_size, `overflow` "exact" goes on as an uncached model that sees the last block_size
     tokens would; "half" drops the older half of the block and reads the rest anew (fast; identical
-    to "exact" until the block is full); "stop" ends there.
+    to "exact" until the block is full); "stop" ends there. The samples are shared out over
+    `devices`, each of which gets the parameters then; where there is none or one sample, they are
+    drawn where the parameters are.
     """
     prefill, decode, decode_window = _jitted()
     key = random_key(seed)
@@ -242,7 +246,17 @@ def generate(
         jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p)
     )
     block = config.block_size
-    text = np.broadcast_to(np.asarray(prompt, np.int32), (num_samples, len(prompt)))
+    rows, spread = num_samples, None
+    if min(len(devices), num_samples) > 1:
+        mesh = Mesh(np.array(devices[:num_samples]), ("samples",))
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        spread = NamedSharding(mesh, PartitionSpec("samples"))
+        rows = -(-num_samples // mesh.size) * mesh.size
+
+    def place(x: np.ndarray) -> Any:
+        return jax.device_put(x, spread) if spread else x
+
+    text = np.broadcast_to(np.asarray(prompt, np.int32), (rows, len(prompt)))
     end = len(prompt) + max_new_tokens
     if overflow == "stop":
         # The last token drawn need not fit: nothing follows it.
@@ -255,23 +269,23 @@ def generate(
         if overflow == "exact" and length > block:
             count = min(chunk, end - length)
             out = decode_window(
-                params, text[:, -block:], count, length, key, settings, config=config
+                params, place(text[:, -block:]), count, length, key, settings, config=config
             )
             new = np.asarray(out)[:, :count]
         elif cache is None or cached == block:
             # The first reading takes all that fits; "half" reads on with half a block.
             seen = min(length, block if cache is None else max(1, block // 2))
-            padded = np.zeros((num_samples, bucket(seen, block)), np.int32)
+            padded = np.zeros((rows, bucket(seen, block)), np.int32)
             padded[:, :seen] = text[:, -seen:]
             token, cache = prefill(
-                params, padded, seen, length, key, settings, config=config, slots=room
+                params, place(padded), seen, length, key, settings, config=config, slots=room
             )
             cached, new = seen, np.asarray(token)[:, None]
         else:
             count = min(chunk, end - length, room - cached)
             out, cache = decode(
-                params, text[:, -1], cache, count, length, key, settings, config=config
+                params, place(text[:, -1]), cache, count, length, key, settings, config=config
             )
             cached, new = cached + count, np.asarray(out)[:, :count]
         text = np.concatenate([text, new], axis=1)
-        yield new
+        yield new[:num_samples]

@@ -222,3 +222,11 @@ def test_what_hugging_face_cannot_express_is_refused(run, tmp_path):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(UserError, match="no model at"):
         gptjax.from_pretrained(str(tmp_path / "nowhere" / "model"))
+
+
+def test_weights_shared_out_over_devices_give_the_same_text(tiny):
+    sharded = gptjax.load(tiny.run_dir, sharded=True)
+    kernel = sharded.params["h"]["mlp"]["c_fc"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    settings = {"max_new_tokens": 20, "num_samples": 3, "seed": 5}
+    assert sharded.generate("a", **settings) == tiny.run.generate("a", **settings)

@@ -208,3 +208,20 @@ def test_a_positions_key_depends_on_nothing_else():
     assert keys.shape == (4, 5, 2) and keys.dtype == np.uint32
     assert len(np.unique(keys.reshape(-1, 2), axis=0)) == 20
     assert np.array_equal(keys_for(jax.random.key(0), 5, 2, 3), keys[2:, :3])
+
+
+@pytest.mark.parametrize(("samples", "devices"), [(8, 8), (5, 8), (7, 3), (1, 8)])
+def test_samples_on_many_devices_are_those_of_one(samples, devices):
+    how = Sampling(1.0, top_k=40, top_p=0.9)
+    expected = run(prompt_of(5), 24, how=how, num_samples=samples)
+    before = set(map(id, jax.live_arrays()))
+    pieces = generate(
+        params_of(CONFIG), prompt_of(5), 24, CONFIG, how, num_samples=samples, chunk=3,
+        devices=jax.devices()[:devices],
+    )  # fmt: skip
+    found = [next(pieces)]
+    used = min(samples, devices)
+    new = [x for x in jax.live_arrays() if id(x) not in before]
+    spread = [x for x in new if not x.sharding.is_fully_replicated]
+    assert {len(x.sharding.device_set) for x in spread} == ({used} if used > 1 else set())
+    assert np.array_equal(np.concatenate([*found, *pieces], axis=1), expected)

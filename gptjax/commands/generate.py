@@ -35,6 +35,9 @@ class GenerateFlags(GenerationConfig):
     """Compute precision, and what the weights are read in. auto: the run's own."""
     device: DeviceKind = "auto"
     """Kind of device to run on."""
+    sharded: bool = False
+    """Share the weights out over all devices, where one cannot hold them. (Else several samples are
+    shared out.)"""
     dry_run: bool = False
     """Only say what it needs and how fast it can be at most on one chip of --topology. RUN may be a
     config then (its --prompt is counted in bytes)."""
@@ -70,7 +73,7 @@ def main(argv: list[str], prog: str) -> None:
     setup.select_platform(given.device)
     setup.use_compilation_cache(files.cache_dir() / "xla")
     terminal.status(f"loading {run_dir} ...")
-    model = run.load(run_dir, given.checkpoint, dtype=given.dtype)
+    model = run.load(run_dir, given.checkpoint, dtype=given.dtype, sharded=given.sharded)
     skip = given.unknown == "skip"
     try:
         prompt = prompt_ids(model.tokenizer, prompt_text, skip_unknown=skip)

@@ -172,16 +172,18 @@ def refuse_too_large(config: TrainConfig, runtime: RuntimeConfig) -> None:
         )
 
 
-def refuse_too_many(config: ModelConfig, num_samples: int, tokens: int) -> None:
-    """UserError if the keys and values of so many samples of `tokens` do not fit a device."""
+def refuse_too_many(config: ModelConfig, num_samples: int, tokens: int, devices: int = 1) -> None:
+    """UserError if the keys and values of so many samples of `tokens` do not fit their devices."""
     size = compute_dtype(config).itemsize
     one = 2 * config.n_layer * config.n_embd * min(tokens, config.block_size) * size
     one += 4 * (config.vocab_size or 0)
     have, source = available(None)
-    if num_samples * one > have:
+    need = -(-num_samples // devices) * one
+    if need > have:
+        of = f" of each of {devices} devices" if devices > 1 else ""
         raise UserError(
-            f"{num_samples:,} samples need {gib(num_samples * one)} of {gib(have)} ({source});"
-            " lower num_samples"
+            f"{num_samples:,} samples need {gib(need)}{of}, of {gib(have)} ({source}); lower"
+            " num_samples"
         )
 
 
