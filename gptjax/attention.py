@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from gptjax import flash_attention
+from gptjax import flash_attention, head_rows
 from gptjax.config import ModelConfig
 from gptjax.runtime_config import ComputeConfig
 
@@ -72,18 +72,20 @@ def attend(
     Args:
         q: [B, H, T, D]; the first query has position `start` [].
         k, v: [B, H, S, D], from position 0; those after a query's position are masked, so it does
-            not matter what they hold.
+            not matter what they hold. Or [B, H / G, S, G D], with G heads in a row (`head_rows`).
         window: int32 []: how many tokens back a query sees, its own included; None: all.
         dropout: of the attention weights [B, H, T, S].
 
     Returns:
         [B, H, T, D].
     """
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    group = k.shape[-1] // q.shape[-1]
+    queries = head_rows.widen(q, group)
+    scores = jnp.einsum("bhtd,bhsd->bhts", queries, k, preferred_element_type=jnp.float32)
     scores *= 1 / math.sqrt(q.shape[-1])
-    distance = (start + jnp.arange(q.shape[2]))[:, None] - jnp.arange(k.shape[2])
+    distance = (start + jnp.arange(queries.shape[2]) // group)[:, None] - jnp.arange(k.shape[2])
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
     weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bhsd->bhtd", dropout(weights), v)
+    return head_rows.narrow(jnp.einsum("bhts,bhsd->bhtd", dropout(weights), v), group)

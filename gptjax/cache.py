@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptjax import head_rows
 from gptjax.config import ModelConfig
 
 
@@ -29,10 +30,12 @@ LayerCache = tuple[jax.Array, jax.Array] | None
 
 
 def init_cache(
-    config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, *, stacked: bool = True
-) -> Cache:
-    """An empty cache for `batch` sequences of at most `slots` tokens."""
-    shape = (batch * config.n_head, slots, config.head_size)
+    config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, *, stacked: bool = True,
+    lanes: int = 1,
+) -> Cache:  # fmt: skip
+    """An empty cache for `batch` sequences of at most `slots` tokens; `lanes`: see `head_rows`."""
+    group = head_rows.group(config.n_head, config.head_size, lanes)
+    shape = (batch * config.n_head // group, slots, group * config.head_size)
 
     def empty() -> Any:
         if stacked:
@@ -46,13 +49,16 @@ def append(
     cache: LayerCache, k: jax.Array, v: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
     """Write new keys and values [B, H, T, D] from slot `start` [] on; (all keys and all values so
-    far [B, H, S, D], the cache). Without a cache, just the new ones."""
+    far [B, H, S, D], or with G heads in a row [B, H / G, S, G D]; the cache). Without a cache, just
+    the new ones."""
     if cache is None:
         return k, v, None
-    b, h, t, d = k.shape
+    group = cache[0].shape[-1] // k.shape[-1]
+    b, rows, t, d = head_rows.join(k, group).shape
 
     def write(slots: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(slots, new.reshape(b * h, t, d), (0, start, 0))
+        new = head_rows.join(new, group).reshape(b * rows, t, d)
+        return jax.lax.dynamic_update_slice(slots, new, (0, start, 0))
 
     keys, values = write(cache[0], k), write(cache[1], v)
-    return keys.reshape(b, h, -1, d), values.reshape(b, h, -1, d), (keys, values)
+    return keys.reshape(b, rows, -1, d), values.reshape(b, rows, -1, d), (keys, values)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gptjax import head_rows
 from gptjax.cache import Cache, init_cache
 from gptjax.config import ModelConfig
 from gptjax.decode_layout import unstack
@@ -92,11 +93,13 @@ def prefill(
     *,
     config: ModelConfig,
     slots: int,
+    lanes: int = 1,
 ) -> tuple[jax.Array, Cache]:
-    """Read int32 [B, bucket] prompts, of which `length` tokens count, into a new cache of `slots`;
+    """Read int32 [B, bucket] prompts, of which `length` tokens count, into `init_cache(...)`;
     draw the first token [B], which stands at `position` in the text."""
     stacked = "h_0" not in params
-    empty = init_cache(config, prompt.shape[0], slots, compute_dtype(config), stacked=stacked)
+    dtype = compute_dtype(config)
+    empty = init_cache(config, prompt.shape[0], slots, dtype, stacked=stacked, lanes=lanes)
     logits, cache = apply(config, params, prompt, empty, logits_at=length - 1)
     assert cache is not None
     # The padding's keys and values lie beyond `length`: masked, and overwritten one by one.
@@ -162,7 +165,7 @@ def _jitted() -> tuple[Any, Any, Any]:
     """The three functions above; on first use, when it is known what JAX runs on."""
     jit = functools.partial(jax.jit, compiler_options=sampling_compiler_options())
     return (
-        jit(prefill, static_argnames=("config", "slots")),
+        jit(prefill, static_argnames=("config", "slots", "lanes")),
         jit(decode, static_argnames="config", donate_argnames="cache"),
         jit(decode_window, static_argnames="config"),
     )
@@ -177,6 +180,10 @@ def slots(prompt: int, max_new_tokens: int, block_size: int) -> int:
     """Of the cache for so many tokens."""
     sizes = bucket(prompt, block_size), bucket(max_new_tokens, block_size)
     return min(block_size, sum(sizes))
+
+
+def _lanes(platform: str) -> int:
+    return head_rows.LANES if platform == "tpu" else 1
 
 
 def compile_for(
@@ -200,12 +207,13 @@ def compile_for(
     settings = there(jax.eval_shape(lambda: jax.tree.map(jnp.float32, Sampling())))
     settings = settings._replace(top_k=there(number))
     key = there(jax.eval_shape(lambda: random_key(0)))
-    reads = functools.partial(prefill, config=config, slots=room)
+    reads = functools.partial(prefill, config=config, slots=room, lanes=_lanes(device.platform))
     arguments = there((tokens, number, number)), key, settings
     read = jax.jit(reads).lower(params, *arguments[0], *arguments[1:]).compile()
     empty = functools.partial(
-        init_cache, config, num_samples, room, compute_dtype(config), stacked=False
-    )
+        init_cache, config, num_samples, room, compute_dtype(config), stacked=False,
+        lanes=_lanes(device.platform),
+    )  # fmt: skip
     cache, token = there((jax.eval_shape(empty), jax.ShapeDtypeStruct((num_samples,), jnp.int32)))
 
     def draws(params: Any, token: Any, cache: Any, position: Any, key: Any, sampling: Any) -> Any:
@@ -262,6 +270,7 @@ def generate(
         # The last token drawn need not fit: nothing follows it.
         end = min(end, max(block + 1, len(prompt)))
     room = slots(len(prompt), max_new_tokens, block)
+    lanes = _lanes(jax.default_backend())
     cache, cached = None, 0
 
     while text.shape[1] < end:
@@ -278,8 +287,9 @@ def generate(
             padded = np.zeros((rows, bucket(seen, block)), np.int32)
             padded[:, :seen] = text[:, -seen:]
             token, cache = prefill(
-                params, place(padded), seen, length, key, settings, config=config, slots=room
-            )
+                params, place(padded), seen, length, key, settings, config=config, slots=room,
+                lanes=lanes,
+            )  # fmt: skip
             cached, new = seen, np.asarray(token)[:, None]
         else:
             count = min(chunk, end - length, room - cached)

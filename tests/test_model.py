@@ -171,11 +171,18 @@ def test_shallow_models_are_unrolled_unless_remat_needs_a_loop(layers, compute, 
 # ---------------------------------------------------------------------------------- cache
 
 
+@pytest.mark.parametrize("lanes", [1, 16])  # which two heads fill
 @pytest.mark.parametrize("name", ["gpt2", "banded", "no layers"])
-def test_cached_logits_are_uncached_ones_however_text_is_cut(name):
+def test_cached_logits_are_uncached_ones_however_text_is_cut(name, lanes):
     config = MIXED[name]
     params, tokens = random_params(config, scale=0.5), tokens_for(config)
-    cache = init_cache(config, 2, config.block_size, np.float32)
+    cache = init_cache(config, 2, config.block_size, np.float32, lanes=lanes)
+    if config.n_layer:
+        assert cache.keys.shape[1:] == (
+            2 * 2 * 8 // max(8, lanes),
+            config.block_size,
+            max(8, lanes),
+        )
     parts, start = [], 0
     for size in (5, 1, 5, 1):
         logits, cache = apply(config, params, tokens[:, start : start + size], cache)

@@ -267,17 +267,28 @@ class Program:
         """Bytes of a value in this computation that are looked at; inf: all of it."""
         total = 0.0
         for user in self._users(name).get(value.name, []):
-            if user.kind == "bitcast":
+            if user.kind == "bitcast" or (
+                user.kind == "dynamic-update-slice" and value.name == user.operands[0]
+            ):  # what is updated in place may be used in here too
                 total += self._read(name, user)
             elif user.kind in SLICES:
                 total += _total(user.results, everywhere=True)
             elif user.kind == "fusion":
                 called = CALLED.search(user.attributes)[1]  # type: ignore[index]
-                at = user.operands.index(value.name)
-                total += self._read(called, self._parameters(called)[at])
-            elif user.kind != "dynamic-update-slice" or value.name != user.operands[0]:
+                inside = self._parameters(called)[user.operands.index(value.name)]
+                total += self._read(called, inside)
+                root = next(x for x in self._instructions[called].values() if x.root)
+                if self._origin(called, root) == inside:  # it is passed on
+                    total += self._read(name, user)
+            elif user.kind != "tuple":
                 return math.inf
         return total
+
+    def _origin(self, name: str, value: Instruction) -> Instruction:
+        """What a value of this computation is a view of, or was before it was updated in place."""
+        while value.kind in ("bitcast", "dynamic-update-slice"):
+            value = self._instructions[name][value.operands[0]]
+        return value
 
     def _written(self, name: str, result: str) -> float:
         """As `_read`, of a value that this computation makes."""
