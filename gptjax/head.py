@@ -32,7 +32,7 @@ def logits(x: jax.Array, head: jax.Array, vocab_size: Size) -> jax.Array:
 def losses(x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: Size) -> jax.Array:
     """Nats of each of int targets [B, T], predicted from x [B, T, C] -> float32 [B, T]."""
     b, t = targets.shape
-    parts = _chunks(x, targets, vocab_size)
+    parts = _chunks(x, targets, len(head))
 
     def chunk(_: None, part: Any) -> tuple[None, jax.Array]:
         return None, _losses(_masked_logits(part[0], head, vocab_size), part[1])[0]
@@ -55,9 +55,9 @@ def _with_gradients(
     x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: Size
 ) -> tuple[jax.Array, Any]:
     (b, t), c = targets.shape, x.shape[-1]
-    xs, every_target = _chunks(x, targets, vocab_size)
+    xs, every_target = _chunks(x, targets, len(head))
     # What fills up the last chunk counts for nothing.
-    counts = _chunks(jnp.ones((b, t, 1)), targets, vocab_size)[0]
+    counts = _chunks(jnp.ones((b, t, 1)), targets, len(head))[0]
 
     def chunk(total: Any, part: Any) -> tuple[Any, jax.Array]:
         x, targets, counts = part  # [R, C], [R], [R, 1]
@@ -83,13 +83,20 @@ def _scale(vocab_size: Size, gradients: Any, cotangent: jax.Array) -> tuple[Any,
 mean_loss.defvjp(_with_gradients, _scale)
 
 
-def _chunks(x: jax.Array, targets: jax.Array, vocab_size: Size) -> tuple[jax.Array, jax.Array]:
+def _chunks(x: jax.Array, targets: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """([B, T, C], [B, T]) as ([K, R, C], [K, R]): some tokens of every sequence at a time, so that
-    it does not matter how the sequences are shared out over devices."""
+    it does not matter how the sequences are shared out over devices. `rows`: logits of a token."""
     b, t, c = x.shape
-    size = max(1, LOGITS // (b * (vocab_size or 1)))
-    size = min(t, size // LANES * LANES or size)
-    count = -(-t // size)
+    most = min(t, max(1, LOGITS // (b * rows)))
+    unit = LANES if most >= LANES else 1
+    least = -(-t // (most // unit * unit))
+
+    def size_of(count: int) -> int:
+        return -(-t // (count * unit)) * unit
+
+    # As few as possible, but of those the number that leaves least to fill up.
+    count = min(range(least, 2 * least + 1), key=lambda n: (n * size_of(n), n))
+    size = size_of(count)
     fill = ((0, 0), (0, count * size - t))
     x, targets = jnp.pad(x, (*fill, (0, 0))), jnp.pad(targets, fill)
     x = x.reshape(b, count, size, c).swapaxes(0, 1).reshape(count, b * size, c)

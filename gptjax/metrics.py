@@ -82,7 +82,9 @@ class MetricsLog(Callback):
             self._path.replace(self._path.with_name("metrics.before.jsonl"))
         self._rows = [row for row in rows if start.step and row["step"] <= last]
         self._seconds_before = float(self._rows[-1].get("seconds") or 0) if self._rows else 0.0
+        # Never known of a run that an earlier version began.
         self._began: float | None = self._rows[0].get("time") if self._rows else None
+        self._is_new = not self._rows
         self._write()
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
@@ -92,8 +94,10 @@ class MetricsLog(Callback):
             return
         now, seconds = time.time(), row["seconds"] + self._seconds_before
         row = row | {"seconds": seconds, "time": now}
-        self._began = self._began or now
-        row["goodput"] = seconds / (now - self._began) if now > self._began else None
+        if self._is_new and self._began is None:
+            self._began = now
+        if self._began is not None and now > self._began:
+            row["goodput"] = seconds / (now - self._began)
         if not self._remote:
             self._write(row)
             return

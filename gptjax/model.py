@@ -171,7 +171,8 @@ class GPT(Part):
             )
             if self.gather_block:
                 block = nn.map_variables(Block, "params", self.gather_block)
-            if policy := remat.policy(str(compute.remat)):
+            gathers = self.gather_block is not None
+            if policy := remat.policy(str(compute.remat), gathers=gathers):
                 block = nn.remat(block, prevent_cse=False, policy=policy)
             scan = nn.scan(
                 block,

@@ -16,22 +16,31 @@ class Profile(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         self._first, self._last = trainer.runtime.profiled()
-        self._running = False
+        self._running = self._traced = False
+        if trainer.start.step:
+            self._reached(trainer, trainer.start.step)
 
     def on_step(self, trainer: Trainer, row: Row) -> None:
-        if self._running and row["step"] >= self._last:
+        self._reached(trainer, row["step"])
+
+    def _reached(self, trainer: Trainer, step: int) -> None:
+        if self._running and step >= self._last:
             self._stop(trainer)
-        elif not self._running and self._first - 1 <= row["step"] < self._last:
+        elif not self._running and self._first - 1 <= step < self._last:
             folder = self._folder(trainer)
             try:
                 jax.profiler.start_trace(folder)
             except Exception as error:  # of XLA's profiler, in no documented form
                 raise RunError(f"--profile-steps: {first_line(error)}") from None
-            self._running = True
+            self._running = self._traced = True
 
     def on_end(self, trainer: Trainer) -> None:
         if self._running:
             self._stop(trainer)
+        elif self._last and not self._traced:
+            _say(
+                trainer, f"steps {trainer.runtime.profile_steps} were not taken: nothing is traced"
+            )
 
     def _folder(self, trainer: Trainer) -> Any:
         run_dir = trainer.checkpoints.run_dir
@@ -43,6 +52,10 @@ class Profile(Callback):
             jax.profiler.stop_trace()
         except Exception as error:  # as above: a full disk, say
             raise RunError(f"--profile-steps: {first_line(error)}") from None
-        note = f"steps are traced in {self._folder(trainer)}: open it with tensorboard or xprof"
-        for callback in trainer.callbacks:
-            callback.on_note(trainer, note)
+        where = self._folder(trainer)
+        _say(trainer, f"steps are traced in {where}: open it with tensorboard or xprof")
+
+
+def _say(trainer: Trainer, note: str) -> None:
+    for callback in trainer.callbacks:
+        callback.on_note(trainer, note)

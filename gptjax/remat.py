@@ -43,8 +43,10 @@ def resolve(compute: ComputeConfig, n_layer: int, *, loop: bool = False) -> Comp
     return compute.replace(remat=again, scan_unroll=unroll)
 
 
-def policy(again: str) -> Callable[..., bool] | None:
-    """For `jax.checkpoint`; None: everything is kept. Gathered weights never are."""
+def policy(again: str, *, gathers: bool = False) -> Callable[..., bool] | None:
+    """For `jax.checkpoint`; None: everything is kept. `gathers`: weights are gathered (`sharding`),
+    which are never kept."""
     if again == "none":
-        return None
+        names = jax.checkpoint_policies.save_anything_except_these_names
+        return names("weights") if gathers else None
     return jax.checkpoint_policies.save_only_these_names(*KEPT[again])

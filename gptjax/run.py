@@ -191,7 +191,8 @@ def tokens(
     samples do not fit."""
     total = len(prompt) + settings.max_new_tokens
     # Weights that are shared out stay so; else the samples are.
-    alone = len(jax.tree.leaves(params)[0].sharding.device_set) == 1
+    shared = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    alone = all(len(x.sharding.device_set) == 1 for x in shared)
     devices = jax.local_devices() if alone else []
     memory.refuse_too_many(config, settings.num_samples, total, max(1, len(devices)))
     return sampling.generate(

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from gptjax import head
+from gptjax.devices import roofline
 
 DRAW = np.random.default_rng(0)
 B, T, C, V = 3, 11, 5, 13
@@ -42,6 +43,21 @@ def test_losses_and_gradients_are_those_of_all_logits(chunks, rows):
     for a, b in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert float(head.mean_loss(x, matrix, targets, V)) == pytest.approx(float(value) / 3)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "t"), [(3, 1024), (4, 1024), (6, 1024), (24, 1024), (4, 2048)]
+)
+def test_little_is_computed_to_fill_up_chunks(sequences, t):
+    shapes = (sequences, t, 64), (50257, 64), (sequences, t)
+    x, matrix, targets = (
+        jax.ShapeDtypeStruct(s, kind) for s, kind in zip(shapes, ("f4", "f4", "i4"), strict=True)
+    )
+    program = jax.jit(lambda *args: head.losses(*args, 50257)).lower(x, matrix, targets).compile()
+    needed = 2 * sequences * t * 50257 * 64
+    flops = roofline.Program(program.as_text()).cost().flops
+    plain_chunk = 8 * sequences * t * 50257  # masks, maxima, exponentials: not products
+    assert needed < flops < 1.05 * needed + plain_chunk
 
 
 def test_in_bfloat16_logits_and_sums_are_float32(chunks):

@@ -66,6 +66,12 @@ def test_goodput_is_the_share_of_time_that_trained(tmp_path, monkeypatch):
     assert found == [(1000.0, None), (1100.0, 0.8), (1600.0, (80 + 100) / 600)]
 
 
+def test_the_goodput_of_an_older_version_s_run_is_not_known(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "seconds": 3600.0}\n')
+    write(log_at(tmp_path, 10), row(20), row(30))
+    assert [r["goodput"] for r in metrics.read(tmp_path / "metrics.jsonl")] == [None] * 3
+
+
 def test_a_run_that_has_lost_its_checkpoints_is_refused(tmp_path):
     write(log_at(tmp_path), row(10), row(20))
     log_at(tmp_path)  # it may have been killed before the first checkpoint was complete

@@ -1,5 +1,7 @@
 """A trace of the steps that were asked for, in the format of TensorBoard and xprof."""
 
+import shutil
+
 import jax
 import pytest
 
@@ -28,6 +30,16 @@ def test_the_steps_asked_for_are_traced(tiny, train_tiny, tmp_path, steps):
     first, last = map(int, steps.split(":"))
     assert set(range(first + 1, min(last, 12))) <= traced <= set(range(first - 1, last + 2))
     assert len(notes.said) == 1 and str(tmp_path / "profile") in notes.said[0]
+
+
+def test_a_resumed_run_is_traced_from_its_first_step(tiny, train_tiny, tmp_path):
+    shutil.copytree(tiny.run_dir, tmp_path / "run")
+    longer, notes = tiny.config.replace(max_steps=16), Notes()
+    runtime = {"callbacks": [Profile(), notes], "profile_steps": "13:14"}
+    train_tiny(longer, tmp_path / "run", **runtime)
+    assert len(list(tmp_path.glob("run/profile/plugins/profile/*/*.xplane.pb"))) == 1
+    train_tiny(longer.replace(max_steps=18), tmp_path / "run", **runtime)
+    assert notes.said[1:] == ["steps 13:14 were not taken: nothing is traced"]
 
 
 def test_nothing_is_traced_unless_asked_for(tiny, train_tiny, tmp_path):

@@ -149,8 +149,8 @@ def combined(defaults: Sequence[Any]) -> Any:
 def _following(kind: Any, rest: list[str]) -> list[str]:
     """Takes from `rest` the values of a flag; `kind` None: it is not known."""
     count = next((n for n, argument in enumerate(rest) if FLAG.match(argument)), len(rest))
-    named = any(get_args(arg) for arg in get_args(kind))  # it has other values too
-    alone = not count or not (named or rest[0].lower() in BOOLEAN_WORDS)
+    words = BOOLEAN_WORDS | {word for arg in get_args(kind) for word in get_args(arg)}
+    alone = not count or rest[0].lower() not in words
     if alone and bool in (kind, *get_args(kind)):
         return ["True"]
     if get_origin(kind) is not tuple:
@@ -164,6 +164,7 @@ def _value(kind: Any, values: Sequence[str]) -> Any:
     if bool in (kind, *get_args(kind)):
         words = {"true": "True", "false": "False"}
         words |= {"none": "None"} if type(None) in get_args(kind) else {}
+        words |= {word: word for arg in get_args(kind) for word in get_args(arg)}
         values = [words.get(value.lower(), value) for value in values]
     with (
         open(os.devnull, "w") as nowhere,

@@ -49,6 +49,8 @@ class GenerateFlags(GenerationConfig):
         out = super().problems()
         if self.dry_run != (self.topology is not None):
             out.append("--dry-run and --topology go together")
+        if self.dry_run and self.sharded:
+            out.append("a dry run of sampling is for one chip; leave out --sharded")
         return out
 
 
@@ -122,9 +124,13 @@ def dry_run(name: str, given: GenerateFlags, prompt: str) -> None:
     folder = files.path(name)
     if terminal.is_run(folder) and (metadata := run_metadata.newest_metadata(folder)):
         config = metadata.config.model
-        count = len(tokenizers.from_json(metadata.tokenizer, name).encode(prompt))
+        tokenizer = tokenizers.from_json(metadata.tokenizer, name)
+        count = len(prompt_ids(tokenizer, prompt, skip_unknown=given.unknown == "skip"))
     else:
-        config, count = config_io.load_config(name)[0].model, len(prompt.encode())
+        try:
+            config, count = config_io.load_config(name)[0].model, len(prompt.encode())
+        except UserError as error:
+            raise UserError(f"there is no run {name}, and {error}") from None
         config = config.replace(vocab_size=config.vocab_size or 50257)
     dtype = config.replace(dtype=given.dtype if given.dtype != "auto" else config.dtype)
     dry_run.print_sampling(

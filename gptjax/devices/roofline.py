@@ -20,7 +20,10 @@ import jax
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?^\}", re.M | re.S)
 NAME = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = ", re.M)
 ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+)\w*\[([\d,]*)\](?:\{([^}]*)\})?")
-CALLED = re.compile(r"(?:to_apply=|calls=|branch_computations=\{)%?([\w.-]+)")
+CALLED = re.compile(
+    r"(?:to_apply|calls|branch_computations|true_computation|false_computation)="
+    r"(%?[\w.-]+|\{[^}]*\})"
+)
 COLLECTIVES = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
 
 MOVES_NOTHING = (
@@ -112,8 +115,8 @@ class Program:
             here = self._instructions[name]
             given = "".join(here[x].results for x in instruction.operands if x in here)
             size: float = max(_total(x, everywhere=True) for x in (given, instruction.results))
-            if kind != instruction.kind and kind != "all-reduce":  # (operands, results, ...)
-                size = _size(_arrays(instruction.results)[1], everywhere=True)
+            if kind != instruction.kind and kind != "all-reduce":
+                size = _total(_second(instruction.results), everywhere=True)
             if "all-reduce-scatter" in name:  # of which each device keeps its part
                 kind = "reduce-scatter"
             group = self._group(instruction.attributes)
@@ -139,7 +142,8 @@ class Program:
         self, name: str, times: float = 1, *, inside: bool = False
     ) -> Iterator[tuple[str, Instruction, float]]:
         """(computation, instruction, how often) of all that a computation runs; `inside`: of
-        fusions too. The branches of a condition count equally: layers take them in turn."""
+        fusions too. Of a condition the cheapest branch counts; but dense and banded attention
+        equally, because layers take them in turn."""
         for instruction in self._instructions[name].values():
             yield name, instruction, times
             attributes = instruction.attributes
@@ -151,19 +155,19 @@ class Program:
                 trips = self._trips(test, attributes)
                 yield from self._executed(body, times * trips, inside=inside)
             elif instruction.kind == "conditional":
-                branches = self._branches(attributes)
+                branches = _called(instruction)
+                if "/attn/" not in instruction.source:
+                    branches = [min(branches, key=self._weight)]
                 for branch in branches:
                     yield from self._executed(branch, times / len(branches), inside=inside)
             elif instruction.kind == "call" or inside:
-                for called in set(CALLED.findall(attributes)) & set(self._instructions):
-                    yield from self._executed(called, times, inside=inside)
+                for called in _called(instruction):
+                    if called in self._instructions:
+                        yield from self._executed(called, times, inside=inside)
 
-    def _branches(self, attributes: str) -> list[str]:
-        found = re.search(r"branch_computations=\{([^}]*)\}", attributes)
-        names = found[1] if found else ", ".join(
-            re.findall(r"(?:true|false)_computation=%?([\w.-]+)", attributes)
-        )  # fmt: skip
-        return [name.strip(" %") for name in names.split(",")]
+    def _weight(self, name: str) -> float:
+        """Bytes of a computation and all that it runs."""
+        return sum(times * self._bytes(at, x) for at, x, times in self._executed(name))
 
     def _trips(self, condition: str, attributes: str) -> int:
         """How often a loop runs: as XLA says, or the number that its counter is compared with."""
@@ -203,7 +207,7 @@ class Program:
                     for which in ("body", "condition")
                 )
                 found.append((body, self._trips(test, attributes)))
-            for called in set(CALLED.findall(attributes)) & set(self._computations):
+            for called in set(_called(instruction)) & set(self._computations):
                 found += self._loops(called)
         return found
 
@@ -238,24 +242,32 @@ class Program:
             first, second = _arrays(instruction.results)[:2]
             to, source = (first, second) if kind == "copy-start" else (second, first)
             return _size(to) + (_size(to, everywhere=True) if _size(source) else 0)
-        called = CALLED.search(instruction.attributes)
+        called = _called(instruction)
         if kind == "fusion" and called:
-            return self._fusion(called[1], instruction)
-        read, written = sum(map(_total, operands)), _total(instruction.results)
+            return self._fusion(called[0], instruction)
+        if kind == "async-start" and called:
+            return self._weight(called[0])
+        results = instruction.results
+        if kind.endswith("-start") and kind != "all-reduce-start":
+            results = _second(results)
+        read, written = sum(map(_total, operands)), _total(results)
         if kind in SLICES:
             read = min(read, written or read)
         if kind in ("dynamic-update-slice", "scatter"):
-            read = written = _total(operands[1 if kind[0] == "d" else -1])
+            update = here[instruction.operands[1 if kind[0] == "d" else -1]]
+            read = written = _total(update.results)
         return read + written + self._kernel(name, instruction)[1]
 
     def _fusion(self, called: str, instruction: Instruction) -> float:
         """Of an operand that it only slices it reads the slice; where it updates a slice in place
         it writes the slice."""
         inside = self._instructions[called]
-        total = 0.0
-        for each in inside.values():
-            if each.kind == "parameter" and (size := _total(each.results)):
-                total += min(size, self._read(called, each))
+        read: dict[str, float] = {}  # an operand that is given twice is read once
+        for at, each in self._parameters(called).items():
+            if size := _total(each.results):
+                operand = instruction.operands[at]
+                read[operand] = min(size, read.get(operand, 0) + self._read(called, each))
+        total = sum(read.values())
         root = next(x for x in inside.values() if x.root)
         results = root.operands if root.kind == "tuple" else [root.name]
         sizes = [_size(x) for x in _arrays(instruction.results)]
@@ -274,7 +286,7 @@ class Program:
             elif user.kind in SLICES:
                 total += _total(user.results, everywhere=True)
             elif user.kind == "fusion":
-                called = CALLED.search(user.attributes)[1]  # type: ignore[index]
+                (called,) = _called(user)
                 inside = self._parameters(called)[user.operands.index(value.name)]
                 total += self._read(called, inside)
                 root = next(x for x in self._instructions[called].values() if x.root)
@@ -295,7 +307,7 @@ class Program:
         found = self._instructions[name][result]
         if found.kind == "bitcast":
             return self._written(name, found.operands[0])
-        if found.kind == "dynamic-update-slice":
+        if found.kind == "dynamic-update-slice" and self._origin(name, found).kind == "parameter":
             update = self._instructions[name][found.operands[1]]
             return _total(update.results, everywhere=True)
         return math.inf
@@ -314,6 +326,20 @@ class Program:
             for operand in dict.fromkeys(each.operands):
                 users.setdefault(operand, []).append(each)
         return users
+
+
+def _called(instruction: Instruction) -> list[str]:
+    """The computations that it runs, but for a loop's."""
+    found = CALLED.findall(instruction.attributes)
+    return [name.strip(" %") for names in found for name in names.strip("{}").split(",")]
+
+
+def _second(results: str) -> str:
+    """Of what starts an asynchronous instruction, (operands, results, ...), the results."""
+    parts = results[1:-1]
+    first = parts[: _closing(parts)] if parts[0] == "(" else parts.split(", ", 1)[0]
+    rest = parts[len(first) :].lstrip(", ")
+    return rest[: _closing(rest)] if rest[:1] == "(" else rest.split(" ", 1)[0]
 
 
 def _instructions(text: str) -> Iterator[Instruction]:

@@ -114,3 +114,101 @@ ENTRY %main (x: f32[8]) -> f32[8] {
         "reduce-scatter": 32 * 3 / 4,
         "collective-permute": 32,
     }
+
+
+BYTES = {
+    # (an entry's instructions, its bytes by hand): arrays of 4096 bytes, slices of 64
+    "an operand given twice is read once": (
+        "ROOT %r = f32[1024] fusion(%x, %x), kind=kLoop, calls=%sum", 2 * 4096,
+    ),
+    "an update in place writes the slice": (
+        "ROOT %r = f32[1024] fusion(%x, %s, %i), kind=kLoop, calls=%update", 2 * 64 + 4,
+    ),
+    "a fresh array is written whole": (
+        "ROOT %r = f32[1024] fusion(%s, %i), kind=kLoop, calls=%fresh", 4096 + 64 + 4,
+    ),
+    "what is passed on by a view is read": (
+        "ROOT %r = f32[1024] fusion(%x), kind=kLoop, calls=%nested", 2 * 4096,
+    ),
+    "what starts is read and written once": (
+        "%a = (f32[1024], f32[4096]) all-gather-start(%x), dimensions={0}\n"
+        "  ROOT %r = f32[4096] all-gather-done(%a)", 5 * 4096,
+    ),
+    "several arrays at once": (
+        "%a = ((f32[1024], f32[16]), (f32[2048], f32[32])) all-gather-start(%x, %s)\n"
+        "  ROOT %r = f32[2048] get-tuple-element(%a)", 3 * (4096 + 64),
+    ),
+    "of a condition the cheapest branch": (
+        "ROOT %r = f32[1024] conditional(%i, %x, %x), branch_computations={%exp, %same}", 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_are_those_of_memory(name):
+    entry, expected = BYTES[name]
+    text = f"""HloModule m
+
+%sum (a: f32[1024], b: f32[1024]) -> f32[1024] {{
+  %a = f32[1024] parameter(0)
+  %b = f32[1024] parameter(1)
+  ROOT %c = f32[1024] add(%a, %b)
+}}
+
+%update (a: f32[1024], b: f32[16], i: s32[]) -> f32[1024] {{
+  %a = f32[1024] parameter(0)
+  %b = f32[16] parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %c = f32[1024] dynamic-update-slice(%a, %b, %i)
+}}
+
+%fresh (b: f32[16], i: s32[]) -> f32[1024] {{
+  %b = f32[16] parameter(0)
+  %i = s32[] parameter(1)
+  %z = f32[] constant(0)
+  %a = f32[1024] broadcast(%z), dimensions={{}}
+  ROOT %c = f32[1024] dynamic-update-slice(%a, %b, %i)
+}}
+
+%view (a: f32[1024]) -> f32[1024,1] {{
+  %a = f32[1024] parameter(0)
+  ROOT %c = f32[1024,1] bitcast(%a)
+}}
+
+%nested (a: f32[1024]) -> f32[1024] {{
+  %a = f32[1024] parameter(0)
+  %b = f32[1024,1] fusion(%a), kind=kLoop, calls=%view
+  ROOT %c = f32[1024] reduce(%b)
+}}
+
+%exp (a: f32[1024]) -> f32[1024] {{
+  %a = f32[1024] parameter(0)
+  ROOT %c = f32[1024] exponential(%a)
+}}
+
+%same (a: f32[1024]) -> f32[1024] {{
+  ROOT %a = f32[1024] parameter(0)
+}}
+
+ENTRY %main (x: f32[1024], s: f32[16], i: s32[]) -> f32[1024] {{
+  %x = f32[1024] parameter(0)
+  %s = f32[16] parameter(1)
+  %i = s32[] parameter(2)
+  {entry}
+}}
+"""
+    assert sum(size for size, _ in roofline.Program(text).traffic()) == expected
+
+
+def test_arrays_count_as_they_lie_in_a_tpus_memory():
+    """In tiles of 8 x 128; what lies in its fast memory costs nothing."""
+    text = """HloModule m
+
+ENTRY %main (x: bf16[12,64]) -> bf16[12,64] {
+  %x = bf16[12,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %y = bf16[12,64]{0,1:T(8,128)(2,1)S(1)} copy(%x)
+  ROOT %z = bf16[12,64]{0,1:T(8,128)(2,1)} copy(%y)
+}
+"""
+    # 16 rows of 128; 64 rows of 128
+    assert sum(size for size, _ in roofline.Program(text).traffic()) == 2 * (16 * 128 + 64 * 128)
