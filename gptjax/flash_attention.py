@@ -61,7 +61,7 @@ def with_splash(
     q: jax.Array, k: jax.Array, v: jax.Array, window: int, *, interpret: bool = False
 ) -> jax.Array:
     """[B, H, T, D]; float32 scores and sums. `interpret`: on a CPU, to test it."""
-    # Not at the top: it takes 0.3 s, and only TPUs need it.
+    # Not at the top: it takes 0.15 s, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -26,7 +26,7 @@ class ComputeConfig(Config):
     whole block. auto: elementwise where layers are a loop, else none."""
     scan_unroll: int = 0
     """Layers unrolled in the scan over blocks. 0: all of them up to 12 layers without remat, but
-    not on TPUs; else 1."""
+    not on TPUs or under fsdp; else 1."""
 
     def problems(self) -> list[str]:
         return self._check_ints(0, "scan_unroll")
