@@ -60,7 +60,7 @@ def print_training(
         tokens = config.batch_size * model.block_size / len(devices)
         step = roofline.Program(program.as_text())
         print_bound("a step", step, chip, len(devices), tokens, model.flops_per_token())
-        program, seconds = _timed(lambda: memory.compile_evaluation(config, runtime, devices))
+        program, _ = _timed(lambda: memory.compile_evaluation(config, runtime, devices))
         evaluation = roofline.Program(program.as_text())
         tokens /= runtime.gradient_accumulation_steps
         print_bound("evaluating", evaluation, chip, len(devices), tokens)
@@ -100,14 +100,12 @@ def print_sampling(
     read, drawn = (roofline.Program(program.as_text()) for program in programs)
     print_bound("the prompt", read, chip, 1, num_samples * prompt)
     print_bound("a token", drawn, chip, 1, num_samples, times=sampling.CHUNK)
-    moved = drawn.cost().bytes / sampling.CHUNK
+    moved = sum(size for size, _ in drawn.traffic()) / sampling.CHUNK
     print(f"           {moved / (weights + cache):.2f} times the weights, keys and values")
     for size, instruction in drawn.traffic()[:MOST]:
         print(f"most bytes {size / 1e9 / sampling.CHUNK:6.3f} GB  {instruction.shortly()}")
-    needs = max(
-        sum(map(memory.of_program(program).__getattribute__, ("state", "step")))
-        for program in programs
-    )
+    found = map(memory.of_program, programs)
+    needs = max(each.state + each.step for each in found)
     of = f"{gib(needs)} of {gib(chip.memory)} ({device.device_kind})"
     if needs > chip.memory:
         raise RunError(f"it does not fit: it needs {of}; lower num_samples")

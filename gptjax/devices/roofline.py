@@ -97,6 +97,7 @@ class Program:
         )
         return Cost(self._flops(self._entry) + kernels, sum(size for size, _ in self.traffic()))
 
+    @functools.cache  # noqa: B019 (programs are few)
     def traffic(self) -> list[tuple[float, Instruction]]:
         """(bytes, as often as it runs; instruction), largest first."""
         found = [
@@ -146,13 +147,8 @@ class Program:
         equally, because layers take them in turn."""
         for instruction in self._instructions[name].values():
             yield name, instruction, times
-            attributes = instruction.attributes
             if instruction.kind == "while":
-                body, test = (
-                    re.search(rf"{which}=%?([\w.-]+)", attributes)[1]  # type: ignore[index]
-                    for which in ("body", "condition")
-                )
-                trips = self._trips(test, attributes)
+                body, trips = self._loop(instruction)
                 yield from self._executed(body, times * trips, inside=inside)
             elif instruction.kind == "conditional":
                 branches = _called(instruction)
@@ -169,12 +165,18 @@ class Program:
         """Bytes of a computation and all that it runs."""
         return sum(times * self._bytes(at, x) for at, x, times in self._executed(name))
 
-    def _trips(self, condition: str, attributes: str) -> int:
-        """How often a loop runs: as XLA says, or the number that its counter is compared with."""
+    def _loop(self, instruction: Instruction) -> tuple[str, int]:
+        """(a loop's body, how often it runs: as XLA says, or the number that its counter is
+        compared with)."""
+        attributes = instruction.attributes
+        body, condition = (
+            re.search(rf"{which}=%?([\w.-]+)", attributes)[1]  # type: ignore[index]
+            for which in ("body", "condition")
+        )
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', attributes):
-            return int(known[1])
+            return body, int(known[1])
         limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", self._computations[condition])
-        return max(map(int, limits), default=1)
+        return body, max(map(int, limits), default=1)
 
     # ------------------------------------------------------------------------- operations
 
@@ -200,13 +202,8 @@ class Program:
         """(body, how often it runs) of the loops in a computation and in what it calls."""
         found = []
         for instruction in self._instructions[name].values():
-            attributes = instruction.attributes
             if instruction.kind == "while":
-                body, test = (
-                    re.search(rf"{which}=%?([\w.-]+)", attributes)[1]  # type: ignore[index]
-                    for which in ("body", "condition")
-                )
-                found.append((body, self._trips(test, attributes)))
+                found.append(self._loop(instruction))
             for called in set(_called(instruction)) & set(self._computations):
                 found += self._loops(called)
         return found
@@ -261,14 +258,13 @@ class Program:
     def _fusion(self, called: str, instruction: Instruction) -> float:
         """Of an operand that it only slices it reads the slice; where it updates a slice in place
         it writes the slice."""
-        inside = self._instructions[called]
         read: dict[str, float] = {}  # an operand that is given twice is read once
         for at, each in self._parameters(called).items():
             if size := _total(each.results):
                 operand = instruction.operands[at]
                 read[operand] = min(size, read.get(operand, 0) + self._read(called, each))
         total = sum(read.values())
-        root = next(x for x in inside.values() if x.root)
+        root = self._root(called)
         results = root.operands if root.kind == "tuple" else [root.name]
         sizes = [_size(x) for x in _arrays(instruction.results)]
         for result, size in zip(results, sizes, strict=False):
@@ -289,8 +285,7 @@ class Program:
                 (called,) = _called(user)
                 inside = self._parameters(called)[user.operands.index(value.name)]
                 total += self._read(called, inside)
-                root = next(x for x in self._instructions[called].values() if x.root)
-                if self._origin(called, root) == inside:  # it is passed on
+                if self._origin(called, self._root(called)) == inside:  # it is passed on
                     total += self._read(name, user)
             elif user.kind != "tuple":
                 return math.inf
@@ -311,6 +306,9 @@ class Program:
             update = self._instructions[name][found.operands[1]]
             return _total(update.results, everywhere=True)
         return math.inf
+
+    def _root(self, name: str) -> Instruction:
+        return next(x for x in self._instructions[name].values() if x.root)
 
     def _parameters(self, name: str) -> dict[int, Instruction]:
         return {

@@ -12,7 +12,7 @@ import pytest
 from gptjax import train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.data.batches import batch_at
-from gptjax.devices import hosts
+from gptjax.devices import fsdp, hosts
 from gptjax.devices.fsdp import Fsdp
 from gptjax.devices.strategy import get_strategy
 from gptjax.runtime_config import ComputeConfig
@@ -92,6 +92,22 @@ def trained(request, start):
 def test_many_devices_equal_one_dropout_included(trained, alone):
     assert_same_training(trained, alone)
     assert len(jax.tree.leaves(trained[2])[0].devices()) == len(trained[0].devices)
+
+
+def test_fsdp_equals_one_device_whatever_way_the_links_lie(monkeypatch, start, alone):
+    """On a torus of 2 x 4 whose order is not that of the rows."""
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    monkeypatch.setattr(
+        fsdp, "torus", lambda devices: np.array([devices[i] for i in order]).reshape(2, 4)
+    )
+    ours = train("fsdp", start)
+    assert_same_training(ours, alone)
+    strategy, _, state, _ = ours
+    evaluate = partial(train_step.eval_step, config=MODEL)
+    windows, weights = windows_at(0), np.ones((16, 16), np.float32)
+    params = jax.tree.map(np.asarray, strategy.for_sampling(state.params))
+    sums, _ = strategy.map_eval_step(evaluate)(state.params, windows, weights)
+    np.testing.assert_allclose(sums, jax.jit(evaluate)(params, windows, weights), rtol=1e-5)
 
 
 @pytest.fixture
