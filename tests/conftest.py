@@ -13,11 +13,12 @@ import pytest
 import tiny_runs
 
 import gptjax
-from gptjax.devices import cpu
+from gptjax.devices import chips, cpu
 
 # No run of the tests may depend on luck, and times vary by half on a busy machine.
 hypothesis.settings.register_profile("gptjax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("gptjax")
+chips.prepare_tpu_library()
 jax.config.update("jax_num_cpu_devices", 8)
 # Compiling is most of the tests' time, and their networks are tiny. What XLA makes of them with its
 # optimisations is tested by the commands that tests start.

@@ -72,7 +72,7 @@ def run(command: Callable[[list[str], str], None], prog: str) -> int:
     if "jax" not in sys.modules:
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", QUIET)
-        chips.quieten_tpu_library()
+        chips.prepare_tpu_library()
     _stopped_by.clear()
     _unwound.clear()
     listener, hook = interrupts.listen(_end_if_unheard), sys.unraisablehook

@@ -12,6 +12,10 @@ NO_TPUS = {
 """What it would otherwise ask a metadata server for, and complain about; and that several processes
 may use it, since they share no chip."""
 
+STACK = "fibers_default_thread_stack_size"
+"""The flag for the stacks of the TPU compiler's threads, which are 64 KiB by themselves: programs
+with matmuls fused into matmuls, such as attention with dropout, overflow them (libtpu 0.0.42)."""
+
 
 class Chip(NamedTuple):
     """Peaks of one JAX device (a whole chip, but on TPU v2 and v3 half of one); None: not known."""
@@ -66,8 +70,12 @@ def find(device_kind: str) -> Chip | None:
     return CHIPS[max(names, key=len)] if names else None
 
 
-def quieten_tpu_library() -> None:
-    """On a machine without TPUs, before JAX starts."""
+def prepare_tpu_library() -> None:
+    """By variables of the environment; call before JAX starts. What they are already stays."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+    if STACK not in flags:  # undefok: a libtpu that does not know the flag must not end for it
+        flags += f" --undefok={STACK} --{STACK}={2**20}"
+        os.environ["LIBTPU_INIT_ARGS"] = flags.strip()
     if not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
         for name, value in NO_TPUS.items():
             os.environ.setdefault(name, value)

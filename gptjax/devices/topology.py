@@ -62,7 +62,7 @@ def devices(name: str) -> list[jax.Device]:
     kind, sides = shape(name)
     if not importlib.util.find_spec("libtpu"):
         raise UserError("--topology needs the TPU's compiler; pip install 'jax[tpu]'")
-    chips.quieten_tpu_library()
+    chips.prepare_tpu_library()
     from jax.experimental import topologies  # only here
 
     # Hosts of four chips, but where a smaller slice has one, or v5e's and v6e's one with eight.

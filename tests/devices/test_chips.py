@@ -25,8 +25,19 @@ def test_the_tpu_library_is_told_only_where_there_is_no_tpu(monkeypatch, attache
     for name in chips.NO_TPUS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "mine")
-    chips.quieten_tpu_library()
+    chips.prepare_tpu_library()
     assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
     assert ("TPU_SKIP_MDS_QUERY" in os.environ) == (not attached)
     for name in chips.NO_TPUS:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("mine", ["", "--xla_tpu_x=1", f"--{chips.STACK}=65536"])
+def test_the_tpu_compiler_has_stacks_that_it_does_not_overflow(monkeypatch, mine):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", mine)
+    monkeypatch.setattr(chips, "NO_TPUS", {})
+    for _ in range(2):  # a process and its children
+        chips.prepare_tpu_library()
+    flags = os.environ["LIBTPU_INIT_ARGS"].split()
+    assert flags[: bool(mine)] == mine.split()
+    assert sum(flag.startswith(f"--{chips.STACK}=") for flag in flags) == 1
