@@ -6,6 +6,7 @@ import numpy as np
 
 from gptjax.config import ModelConfig
 from gptjax.data.batches import Tokens, Window, check_ids, window_batch
+from gptjax.data.prefetch import Prefetch
 from gptjax.devices.hosts import host_rows
 
 Losses = Callable[..., tuple[np.ndarray, int]]
@@ -29,16 +30,20 @@ def window_loss(
         batch_size: windows at a time, over all devices. The result does not depend on it, beyond
             rounding.
     """
-    own = host_rows(batch_size)
-    loss, count = 0.0, 0
-    for at in range(0, len(windows), batch_size):
-        batch, weights = window_batch(
-            tokens, windows[at : at + batch_size], config.block_size, batch_size
-        )
+    own, n_batches = host_rows(batch_size), -(-len(windows) // batch_size)
+
+    def read(number: int) -> tuple[np.ndarray, np.ndarray]:
+        part = windows[number * batch_size : (number + 1) * batch_size][own]
+        batch, weights = window_batch(tokens, part, config.block_size, own.stop - own.start)
         check_ids(batch, config.vocab_size)
-        sums, stopped = losses(batch[own], weights[own], stop())
-        if stopped:
-            return None
-        loss, count = loss + float(sums.sum(dtype=np.float64)), count + int(weights.sum())
-        progress(min(at + batch_size, len(windows)), len(windows))
-    return loss, count
+        return batch, weights
+
+    loss = 0.0
+    with Prefetch(read, n_batches) as batches:
+        for number in range(n_batches):
+            sums, stopped = losses(*batches(number), stop())
+            if stopped:
+                return None
+            loss += float(sums.sum(dtype=np.float64))
+            progress(min((number + 1) * batch_size, len(windows)), len(windows))
+    return loss, sum(window.end - window.first for window in windows)

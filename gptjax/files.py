@@ -18,7 +18,8 @@ import socket
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,7 +72,7 @@ def _reach(bucket: str) -> None:
         if server.scheme not in urllib.request.getproxies():
             port = server.port or {"http": 80}.get(server.scheme, 443)
             socket.create_connection((server.hostname or "", port), CONNECT_SECONDS).close()
-        fsspec.filesystem("gs").call("GET", "b/{}/o", bucket, maxResults="1")
+        _buckets().call("GET", "b/{}/o", bucket, maxResults="1")
     except Exception as error:  # of gcsfs, google-auth, aiohttp and the system
         raise UserError(
             f"cannot reach gs://{bucket} at {server.netloc}: {first_line(error)}; check the"
@@ -83,6 +84,52 @@ def _reach(bucket: str) -> None:
 def is_remote(path: Path) -> bool:
     """Whether it is in a bucket."""
     return not isinstance(path, Path)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The files of a folder, with their bytes; none if there is no such folder. Raises OSError."""
+    if not is_remote(folder):
+        found = [*os.scandir(folder)] if folder.is_dir() else []
+        return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+    try:
+        listed = _buckets().ls(str(folder), detail=True)
+    except FileNotFoundError:
+        return {}
+    return {os.path.basename(x["name"]): x["size"] for x in listed if x["type"] == "file"}
+
+
+class Ranges:
+    """Files of one folder, parts of which are read: by any number of threads at once, and from a
+    bucket by many requests at once."""
+
+    def __init__(self, paths: Sequence[Path]):
+        """Raises OSError."""
+        self.paths, self._descriptors = list(paths), list[int]()
+        if not any(map(is_remote, paths)):
+            with contextlib.ExitStack() as opened:
+                opened_files = [opened.enter_context(path.open("rb")) for path in paths]
+                self._descriptors = [file.fileno() for file in opened_files]
+                weakref.finalize(self, opened.pop_all().close)
+
+    def read(self, parts: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Of each (which of the paths, first byte, end); less where a file ends before. Raises
+        OSError."""
+        if self._descriptors:
+            return [os.pread(self._descriptors[n], end - at, at) for n, at, end in parts]
+        numbers, starts, ends = zip(*parts, strict=True) if parts else ((), (), ())
+        found = _buckets().cat_ranges(
+            [str(self.paths[n]) for n in numbers], [*starts], [*ends], on_error="return"
+        )
+        for n, content in zip(numbers, found, strict=True):
+            if isinstance(content, Exception):  # of gcsfs, aiohttp and the system
+                raise OSError(None, first_line(content), str(self.paths[n])) from content
+        return found
+
+
+def _buckets() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("gs")
 
 
 def cache_dir() -> Path:

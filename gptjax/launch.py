@@ -148,7 +148,7 @@ def open_data(
             f" {max(1, len(dataset.train) - 1)} or less"
         )
     model = config.model.replace(vocab_size=n_vocab)
-    data = config.data.replace(dir=str(folder.absolute()))
+    data = config.data.replace(dir=str(folder if files.is_remote(folder) else folder.absolute()))
     return config.replace(model=model, data=data), dataset
 
 

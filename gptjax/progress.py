@@ -226,9 +226,10 @@ def describe(trainer: Trainer) -> str:
     if compute.scan_unroll < model.n_layer:
         again = remat.AGAIN[str(compute.remat)]
         layers = f"layers     a loop; the backward pass computes again {again}\n"
+    folder = config.data.dir or "."
     return (
         f"run        {trainer.checkpoints.run_dir} ({trainer.start.origin})\n"
-        f"data       {os.path.relpath(config.data.dir or '.')}:"
+        f"data       {folder if '://' in folder else os.path.relpath(folder)}:"
         f" {len(dataset.train):,} training and {len(dataset.val):,} validation tokens,"
         f" {dataset.tokenizer.kind} tokenizer\n"
         f"model      {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, block"

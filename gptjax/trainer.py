@@ -18,6 +18,7 @@ from gptjax.clock import Clock
 from gptjax.config import TrainConfig
 from gptjax.data import tokenizers
 from gptjax.data.batches import batch_at, check_ids, windows_over
+from gptjax.data.prefetch import Prefetch
 from gptjax.data.token_files import Dataset
 from gptjax.decode_layout import unstack
 from gptjax.devices import hosts, memory, setup
@@ -207,7 +208,8 @@ class Trainer:
         if self.start.unfinished and not self.stopped_by:
             self._end_of_step(dict(self.start.unfinished), saved=True)
         if first < last and not self.stopped_by:
-            self._take_steps(first, last)
+            with Prefetch(self.batch, last) as batches:
+                self._take_steps(first, last, batches)
         self._call("on_end")
 
     def _evaluate_untrained(self) -> None:
@@ -223,7 +225,7 @@ class Trainer:
         self._call("on_step", row)
         self._call("on_evaluate", row, False)
 
-    def _take_steps(self, first: int, last: int) -> None:
+    def _take_steps(self, first: int, last: int, batches: Prefetch[np.ndarray]) -> None:
         """Steps `first` + 1 to `last`. While the devices work on one, the numbers of the one before
         are read."""
         alone = setup.host_count() == 1
@@ -232,7 +234,7 @@ class Trainer:
         if self.stopped_by:
             return
         for step in range(first + 1, last + 1):
-            metrics = self._start_step(step)
+            metrics = self._start_step(step, batches)
             stop = self.stop() if alone else 0
             if running:
                 row, signal = self._fetch_row(*running)
@@ -245,12 +247,12 @@ class Trainer:
                 if self.stopped_by:
                     return
 
-    def _start_step(self, step: int) -> train_step.Metrics:
+    def _start_step(self, step: int, batches: Prefetch[np.ndarray]) -> train_step.Metrics:
         """Give the devices the step that makes `step` steps done. Waits only for the first one in
         this process, which is compiled."""
         first = step == self.start.step + 1
         with self.clock.paused() if first else contextlib.nullcontext():
-            began, batch = time.perf_counter(), self.batch(step - 1)
+            began, batch = time.perf_counter(), batches(step - 1)
             if first:
                 self._call("on_phase", "compiling the training step")
                 program = self._train_step.compile(self.state, batch)

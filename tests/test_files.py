@@ -201,6 +201,20 @@ def test_a_run_in_a_bucket_killed_while_saving_goes_on(
 
 
 @pytest.mark.slow
+def test_data_in_a_bucket_train_as_those_on_a_disk(gcs, uninterrupted, tmp_path, command):
+    prepared = next((uninterrupted[0].parent / "data").iterdir())
+    for file in prepared.iterdir():
+        gcs.put(f"bucket/sets/mine/{file.name}", file.read_bytes(), {})
+    flags = ["--data.source", "None", "--data.dir", "gs://bucket/sets/mine", "--run-dir", "run"]
+    result = command(TRAIN, *TINY, *flags, **gcs.environment)
+    assert result.returncode == 0 and "gs://bucket/sets/mine: " in result.stdout, result.stderr
+    assert logged(tmp_path / "run") == logged(uninterrupted[0])
+    flags = ["--run-dir", "run", "--split", "val"]
+    result = command("-m", "gptjax", "evaluate", *flags, **gcs.environment)
+    assert result.returncode == 0 and "nats per token" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
 def test_a_corrupted_checkpoint_in_a_bucket_is_set_aside(gcs, tmp_path, text_file, cache_dir):
     short = [*TINY, *BUCKET, "--max-steps", "20", "--lr-decay-steps", "40"]
     assert finish(start(tmp_path, cache_dir, *short, **gcs.environment)).returncode == 0

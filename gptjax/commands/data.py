@@ -22,6 +22,8 @@ class DataFlags(Config):
     """Share of the text's characters, at its end, held out for validation, in (0, 1)."""
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>"."""
+    shard_tokens: int | None = None
+    """Tokens in a file at most; the tokens are read as if they lay in one. None: no limit."""
     out: str | None = None
     """The folder to make. None: data/ and a name made from the source."""
 
@@ -33,7 +35,8 @@ class DataFlags(Config):
         )  # fmt: skip
 
     def problems(self) -> list[str]:
-        return self.config("builtin").problems() + ["--out is empty"] * (self.out == "")
+        out = self.config("builtin").problems() + ["--out is empty"] * (self.out == "")
+        return out + (self._check_ints(1, "shard_tokens") if self.shard_tokens is not None else [])
 
 
 DEFAULTS = [DataFlags()]
@@ -46,5 +49,5 @@ def main(argv: list[str], prog: str) -> None:
     output = console.make()
     with output.status("finding the text"):
         out = files.path(given.out) if given.out else prepare.default_dir(config)
-    prepare.prepare(config, out, output)
+    prepare.prepare(config, out, output, shard_tokens=given.shard_tokens)
     print(f"train on it: {program.command('train', '--data.dir', out)}")

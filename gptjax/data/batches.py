@@ -10,11 +10,18 @@ from gptjax.errors import RunError
 
 
 class Tokens(Protocol):
-    """A sequence of token ids: a one-dimensional array, or a file of them (`TokenFile`)."""
+    """A sequence of token ids: a one-dimensional array, or a split of a prepared set
+    (`token_files.Split`), which has a method `read` for many parts at once."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+def _read(tokens: Tokens, parts: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+    """Tokens [start, end) of each part."""
+    read = getattr(tokens, "read", None)
+    return read(parts) if read else [tokens[start:end] for start, end in parts]
 
 
 def batch_at(
@@ -35,7 +42,8 @@ def batch_at(
     """
     raw = np.random.Philox(key=seed, counter=step << 64).random_raw(batch_size)
     starts = (raw % np.uint64(len(tokens) - block_size)).astype(np.int64)[rows]
-    return np.stack([tokens[s : s + block_size + 1] for s in starts]).astype(np.int32)
+    parts = [(start, start + block_size + 1) for start in starts.tolist()]
+    return np.stack(_read(tokens, parts)).astype(np.int32)
 
 
 class Window(NamedTuple):
@@ -73,15 +81,16 @@ def windows_over(
 
 
 def window_batch(
-    tokens: Tokens, windows: Sequence[Window], block_size: int, batch_size: int
+    tokens: Tokens, windows: Sequence[Window], block_size: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [batch_size, block_size + 1] tokens, one window a row, and float32 [batch_size,
-    block_size] weights of the targets: 1 where the window predicts, 0 for context, for padding past
-    the window's end, and in rows beyond the last window."""
-    batch = np.zeros((batch_size, block_size + 1), dtype=np.int32)
-    weights = np.zeros((batch_size, block_size), dtype=np.float32)
-    for row, (start, end, first) in enumerate(windows):
-        batch[row, : end - start] = tokens[start:end]
+    """int32 [rows, block_size + 1] tokens, one window a row, and float32 [rows, block_size] weights
+    of the targets: 1 where the window predicts, 0 for context, for padding past the window's end,
+    and in rows beyond the last window."""
+    batch = np.zeros((rows, block_size + 1), dtype=np.int32)
+    weights = np.zeros((rows, block_size), dtype=np.float32)
+    texts = _read(tokens, [(start, end) for start, end, _ in windows])
+    for row, (text, (start, end, first)) in enumerate(zip(texts, windows, strict=True)):
+        batch[row, : len(text)] = text
         weights[row, first - start - 1 : end - start - 1] = 1
     return batch, weights
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.progress import Progress
 from gptjax import files
 from gptjax.config import DataConfig
 from gptjax.data import corpus, tokenizers
-from gptjax.data.token_files import read_tokenizer
+from gptjax.data.token_files import file_name, read_tokenizer
 from gptjax.data.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
@@ -35,17 +35,25 @@ IN_FLIGHT = min(8, 2 * (os.cpu_count() or 1))
 
 
 def prepare(
-    config: DataConfig, out: Path, console: Console, tokenizer: Tokenizer | None = None
+    config: DataConfig,
+    out: Path,
+    console: Console,
+    tokenizer: Tokenizer | None = None,
+    shard_tokens: int | None = None,
 ) -> None:
     """Tokenise `config.source` into the new folder `out`, which appears only when it is complete.
-    Uses `tokenizer` if given, else makes one of the kind that `config` names. Memory stays within
-    a few hundred megabytes, however long the text. Progress and a summary go to `console`.
+    Uses `tokenizer` if given, else makes one of the kind that `config` names. `shard_tokens`: at
+    most so many tokens in a file; None: all of a split in one. Memory stays within a few hundred
+    megabytes, however long the text. Progress and a summary go to `console`.
 
     Raises UserError if the text is bad, `out` exists, or the vocabulary size does not suit the
     text; RunError if the folder cannot be written (a full disk).
     """
     if files.is_remote(out):
-        raise UserError(f"{out}: data sets are written to disk; name a folder on this machine")
+        raise UserError(
+            f"{out}: data sets are written to disk; name a folder on this machine, and copy it"
+            " there (gcloud storage cp -r)"
+        )
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder or delete it")
     paths, left_out = corpus.find(config.source)
@@ -57,7 +65,7 @@ def prepare(
             files.new_folder(out) as folder,
             Progress(console=console, disable=not console.is_terminal) as progress,
         ):
-            meta = _prepare_into(folder, config, paths, progress, tokenizer)
+            meta = _prepare_into(folder, config, paths, progress, tokenizer, shard_tokens)
     except OSError as error:
         if out.exists():
             return  # another process of this run made the same set meanwhile
@@ -74,6 +82,7 @@ def _prepare_into(
     paths: list[Path],
     progress: Progress,
     tokenizer: Tokenizer | None,
+    shard_tokens: int | None,
 ) -> dict[str, Any]:
     """Write the files of a set; what its meta.json holds."""
     size = sum(path.stat().st_size for path in paths)
@@ -96,14 +105,14 @@ def _prepare_into(
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     n_train = int(characters * (1 - config.val_fraction))
     again = pieces(f"tokenising ({tokenizer.kind})", characters)
-    with (folder / "train.bin").open("wb") as train, (folder / "val.bin").open("wb") as val:
+    with (
+        _Writer(folder, "train", dtype, shard_tokens) as train,
+        _Writer(folder, "val", dtype, shard_tokens) as val,
+    ):
         for for_train, for_val in _encode(again, n_train, tokenizer):
-            train.write(for_train.astype(dtype).tobytes())
-            val.write(for_val.astype(dtype).tobytes())
-        for file in (train, val):
-            file.flush()
-            os.fsync(file.fileno())
-        n_train, n_val = (file.tell() // dtype.itemsize for file in (train, val))
+            train.write(for_train)
+            val.write(for_val)
+    n_train, n_val = train.written, val.written
     if min(n_train, n_val) < 2:
         raise UserError(
             f"{config.source} gives {n_train} training and {n_val} validation tokens; expected at"
@@ -118,9 +127,51 @@ def _prepare_into(
         "train_tokens": n_train,
         "val_tokens": n_val,
     }
+    if shard_tokens:
+        meta["shard_tokens"] = shard_tokens
     (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer))
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
+
+
+class _Writer:
+    """Writes a split, in shards if they are wanted. Each file is on the disk when it ends."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None):
+        self._folder, self._split, self._dtype = folder, split, dtype
+        self._shard_tokens = shard_tokens
+        self._file: BinaryIO | None = None
+        self.written = 0
+
+    def write(self, ids: np.ndarray) -> None:
+        """Raises OSError."""
+        size = self._shard_tokens
+        while len(ids):
+            if self._file is None:
+                name = file_name(self._split, self.written // size if size else None)
+                self._file = (self._folder / name).open("wb")
+            left = size - self.written % size if size else len(ids)
+            self._file.write(ids[:left].astype(self._dtype).tobytes())
+            self.written += len(ids[:left])
+            ids = ids[left:]
+            if size and self.written % size == 0:
+                self._end_file()
+
+    def _end_file(self) -> None:
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, failure: object, *_: object) -> None:
+        if failure is None:
+            self._end_file()
+        elif self._file:
+            self._file.close()
 
 
 def _survey(

@@ -1,13 +1,14 @@
-"""Opening a prepared data set: a folder with train.bin and val.bin (token ids as raw little-endian
-uint16, or uint32 for a large vocabulary), meta.json and tokenizer.json; or nanoGPT's, where
-meta.pkl stands for the last two."""
+"""Opening a prepared data set: a folder, on a disk or in a bucket, with train.bin and val.bin, or
+shards of them (token ids as raw little-endian uint16, or uint32 for a large vocabulary), meta.json
+and tokenizer.json; or nanoGPT's, where meta.pkl stands for the last two."""
 
+import bisect
 import dataclasses
 import hashlib
 import io
-import os
+import itertools
 import pickle
-import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,40 +24,77 @@ SPLITS = ("train", "val")
 FINGERPRINT_BYTES = 64 << 20
 """A fingerprint reads at most this much of a split, in evenly spaced blocks."""
 FINGERPRINT_BLOCK = 1 << 20
+READ_AT_ONCE = 16
+"""Blocks that are in memory at the same time."""
 
 
-class TokenFile:
-    """The tokens of a .bin file, read when they are asked for. Not a memory map: if somebody
-    truncates the file, that kills the process without a message."""
+class Split:
+    """Tokens that lie in files, one after the other, and are read when they are asked for. Not a
+    memory map: if somebody truncates a file, that kills the process without a message."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.path, self.dtype = path, dtype
-        self._file = path.open("rb")
-        weakref.finalize(self, self._file.close)
-        self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int], dtype: np.dtype):
+        """`counts`: the tokens in each file. Raises OSError."""
+        self.dtype, self._files = dtype, files.Ranges(paths)
+        self._starts = [0, *itertools.accumulate(counts)]
 
     def __len__(self) -> int:
-        return self._length
+        return self._starts[-1]
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Raises RunError if the file cannot be read, or is shorter than when it was opened."""
-        start, stop, _ = part.indices(self._length)
-        self._file.seek(start * self.dtype.itemsize)
-        found = np.fromfile(self._file, self.dtype, max(0, stop - start))
-        if len(found) < stop - start:
+        """Raises as `read`."""
+        start, stop, _ = part.indices(len(self))
+        return self.read([(start, stop)])[0]
+
+    def read(self, parts: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Tokens [start, stop) of each part, read-only. From a bucket, all are asked for at once.
+        Raises RunError if a file cannot be read, or is shorter than when it was opened."""
+        pieces = [list(self._pieces(start, stop)) for start, stop in parts]
+        wanted = [*itertools.chain(*pieces)]
+        try:
+            contents = self._files.read(wanted)
+        except OSError as error:
             raise RunError(
-                f"{self.path} is shorter than when it was opened, or cannot be read; restore it or"
-                " prepare it again, and resume"
-            )
-        return found
+                f"cannot read {error.filename or self._files.paths[0].parent}: {error.strerror};"
+                " resume when it can be read again"
+            ) from None
+        for (number, start, stop), content in zip(wanted, contents, strict=True):
+            if len(content) < stop - start:
+                raise RunError(
+                    f"{self._files.paths[number]} is shorter than when it was opened; restore it or"
+                    " prepare it again, and resume"
+                )
+        found = (np.frombuffer(content, self.dtype) for content in contents)
+        rows = [[*itertools.islice(found, len(each))] for each in pieces]
+        nothing = np.zeros(0, self.dtype)
+        return [row[0] if len(row) == 1 else np.concatenate([nothing, *row]) for row in rows]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(which file, first byte, end) of all that these tokens lie in."""
+        number, size = bisect.bisect_right(self._starts, start) - 1, self.dtype.itemsize
+        while start < stop:
+            begin, end = self._starts[number], min(stop, self._starts[number + 1])
+            yield number, (start - begin) * size, (end - begin) * size
+            start, number = end, number + 1
+
+
+def file_name(split: str, shard: int | None) -> str:
+    """Of a split, or of one shard of it."""
+    return f"{split}.bin" if shard is None else f"{split}-{shard:05d}.bin"
+
+
+def _files_of(split: str, n_tokens: int, shard_tokens: int | None) -> Iterator[tuple[str, int]]:
+    """(name, tokens in it) of each file; of shards all have `shard_tokens` but the last."""
+    for shard, start in enumerate(range(0, n_tokens, shard_tokens or n_tokens)):
+        name = file_name(split, shard if shard_tokens else None)
+        yield name, min(shard_tokens or n_tokens, n_tokens - start)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A prepared set."""
 
-    train: TokenFile
-    val: TokenFile
+    train: Split
+    val: Split
     tokenizer: Tokenizer
     fingerprint: str
     """Of the tokens, wherever they lie: SHA-256 of each split's length and (a sample of) bytes."""
@@ -68,33 +106,47 @@ def load(folder: Path) -> Dataset:
     """Open a prepared set, or nanoGPT's (without running what its meta.pkl may contain).
 
     Raises UserError if files are missing, damaged, of another length than recorded, or hold token
-    ids that the tokenizer does not have.
+    ids that the tokenizer does not have, or cannot be read.
     """
-    if files.is_remote(folder) or not all((folder / f"{s}.bin").is_file() for s in SPLITS):
-        raise UserError(
-            f"{folder} is not a prepared data set on this machine's disk: expected train.bin and"
-            " val.bin in it (python -m gptjax data SOURCE --out FOLDER makes one)"
-        )
-    meta = _read_meta(folder) if (folder / "meta.json").is_file() else {}
+    try:
+        sizes = files.sizes(folder)
+        if "meta.json" not in sizes and not {f"{split}.bin" for split in SPLITS} <= {*sizes}:
+            raise UserError(
+                f"{folder} is not a prepared data set: expected meta.json, train.bin and val.bin in"
+                " it (python -m gptjax data SOURCE --out FOLDER makes one)"
+            )
+        return _load(folder, sizes)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from None
+
+
+def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
+    meta = _read_meta(folder) if "meta.json" in sizes else {}
     # nanoGPT's sets without a meta.pkl hold GPT-2's tokens.
     tokenizer = read_tokenizer(folder) or Gpt2Tokenizer()
-    dtype = np.dtype(meta.get("dtype") or _unrecorded_dtype(folder)).newbyteorder("<")
-    digest, splits = hashlib.sha256(), list[TokenFile]()
+    dtype = np.dtype(meta.get("dtype") or _unrecorded_dtype(folder, sizes)).newbyteorder("<")
+    digest, splits = hashlib.sha256(), list[Split]()
     for split in SPLITS:
-        path = folder / f"{split}.bin"
-        size, tokens = path.stat().st_size, TokenFile(path, dtype)
         # Of nanoGPT's sets the length is not recorded. One token is nothing to predict.
-        expected = max(2, meta.get(f"{split}_tokens", len(tokens)))
-        if size != expected * dtype.itemsize:
-            raise UserError(
-                f"{path} is damaged or was replaced: it has {size:,} bytes, not {expected:,}"
-                f" {dtype.name} tokens; prepare it again"
-            )
+        unrecorded = sizes.get(f"{split}.bin", 0) // dtype.itemsize
+        n_tokens = max(2, meta.get(f"{split}_tokens", unrecorded))
+        paths, counts = list[Path](), list[int]()
+        for name, expected in _files_of(split, n_tokens, meta.get("shard_tokens")):
+            paths.append(folder / name)
+            counts.append(expected)
+            if name not in sizes:
+                raise UserError(f"{paths[-1]} is missing; copy it again or prepare the set again")
+            if sizes[name] != expected * dtype.itemsize:
+                raise UserError(
+                    f"{paths[-1]} is damaged or was replaced: it has {sizes[name]:,} bytes, not"
+                    f" {expected:,} {dtype.name} tokens; prepare it again"
+                )
+        tokens = Split(paths, counts, dtype)
         largest = _digest_sample(tokens, digest)
         if largest >= tokenizer.n_vocab:
             raise UserError(
-                f"{path} holds token id {largest}, but its {tokenizer.kind} tokenizer has"
-                f" {tokenizer.n_vocab} ids"
+                f"the {split} split of {folder} holds token id {largest}, but its"
+                f" {tokenizer.kind} tokenizer has {tokenizer.n_vocab} ids"
             )
         splits.append(tokens)
     train, val = splits
@@ -103,9 +155,9 @@ def load(folder: Path) -> Dataset:
     return Dataset(train, val, tokenizer, digest.hexdigest(), source)
 
 
-def _unrecorded_dtype(folder: Path) -> str:
+def _unrecorded_dtype(folder: Path, sizes: dict[str, int]) -> str:
     """uint16 is nanoGPT's; of tokens that somebody wrote as uint32 every second half is 0."""
-    halves = np.fromfile(folder / "val.bin", "<u2", 1 << 16)
+    halves = Split([folder / "val.bin"], [sizes["val.bin"] // 2], np.dtype("<u2"))[: 1 << 16]
     return "uint32" if len(halves) > 32 and halves.any() and not halves[1::2].any() else "uint16"
 
 
@@ -114,26 +166,31 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     meta = files.read_json(path)
     fields = meta if isinstance(meta, dict) else {}
     counts = {type(fields.get(f"{split}_tokens")) for split in SPLITS}
-    whole = counts == {int} and (folder / "tokenizer.json").is_file()
+    shard_tokens = fields.get("shard_tokens", 1)
+    whole = counts == {int} and type(shard_tokens) is int and shard_tokens > 0
+    whole = whole and (folder / "tokenizer.json").is_file()
     if not whole or fields.get("dtype") not in ("uint16", "uint32"):
         raise UserError(
             f"{path} is damaged: expected dtype uint16 or uint32, whole numbers train_tokens and"
-            " val_tokens, and a tokenizer.json beside it; prepare the set again"
+            " val_tokens (and shard_tokens, if there are shards), and a tokenizer.json beside it;"
+            " prepare the set again"
         )
     return fields
 
 
-def _digest_sample(tokens: TokenFile, digest: Any) -> int:
+def _digest_sample(tokens: Split, digest: Any) -> int:
     """Feed a split's length and evenly spaced blocks (all of a small split) to `digest`; the
     largest id among them."""
     block = FINGERPRINT_BLOCK // tokens.dtype.itemsize
     count = max(1, min(-(-len(tokens) // block), FINGERPRINT_BYTES // FINGERPRINT_BLOCK))
     digest.update(len(tokens).to_bytes(8, "little"))
     largest = 0
-    for start in np.linspace(0, max(0, len(tokens) - block), count).astype(np.int64):
-        part = tokens[start : start + block]
-        digest.update(part.tobytes())
-        largest = max(largest, int(part.max()))
+    starts = np.linspace(0, max(0, len(tokens) - block), count).astype(np.int64).tolist()
+    for i in range(0, count, READ_AT_ONCE):
+        some = starts[i : i + READ_AT_ONCE]
+        for part in tokens.read([(start, min(start + block, len(tokens))) for start in some]):
+            digest.update(part.tobytes())
+            largest = max(largest, int(part.max()))
     return largest
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
 
-from gptjax import head, model, optim, run, sampling, train_step
+from gptjax import files, head, model, optim, run, sampling, train_step
 from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.data import token_files
 from gptjax.data.batches import Tokens, batch_at
@@ -332,8 +332,8 @@ def _read_tokens(
     """(ids, where they come from): the text, the run's data folder, or random ones."""
     if text:
         return perplexity.read_text(text, tokenizer).tokens, text
-    if folder and Path(folder).exists():
-        dataset = token_files.load(Path(folder))
+    if folder and files.path(folder).exists():
+        dataset = token_files.load(files.path(folder))
         if dataset.tokenizer.n_vocab == tokenizer.n_vocab:
             return dataset.train, folder
     draw = np.random.Generator(np.random.Philox(key=seed))

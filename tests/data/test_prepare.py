@@ -83,6 +83,22 @@ def test_shakespeare_in_gpt2_tokens_has_nanogpts_counts(tmp_path, gpt2):
     assert (len(dataset.train), len(dataset.val)) == (301_966, 36_059)
 
 
+@pytest.mark.parametrize("shard_tokens", [1000, 3001, 10**9])
+def test_shards_hold_the_same_tokens_with_one_file_name_each(tmp_path, make_set, shard_tokens):
+    whole = load(make_set(tmp_path))
+    source = DataConfig(str(tmp_path / "text.txt"), "char")
+    prepare.prepare(source, tmp_path / "shards", QUIET, shard_tokens=shard_tokens)
+    sharded = load(tmp_path / "shards")
+    assert sharded.fingerprint == whole.fingerprint and everything(sharded) == everything(whole)
+    sizes = files.sizes(tmp_path / "shards")
+    for split, tokens in (("train", whole.train), ("val", whole.val)):
+        full, rest = divmod(len(tokens), shard_tokens)
+        expected = [shard_tokens] * full + [rest] * bool(rest)
+        names = [f"{split}-{number:05d}.bin" for number in range(len(expected))]
+        assert [sizes.pop(name) // 2 for name in names] == expected
+    assert {*sizes} == {"meta.json", "tokenizer.json"}
+
+
 def test_documents_are_separated(tmp_path, make_set, byte_pairs):
     lines = [{"text": "one two"}, {"text": "three"}, {"text": "x" * 20}]
     text = "\n".join(map(json.dumps, lines))

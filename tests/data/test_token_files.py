@@ -8,6 +8,7 @@ import struct
 
 import numpy as np
 import pytest
+from fake_gcs import FakeGcs
 from fuzz import damaged, read_or_refuse
 from helpers import TEXT
 from hypothesis import HealthCheck, given, settings
@@ -15,24 +16,27 @@ from hypothesis import strategies as st
 
 from gptjax import files
 from gptjax.data import tokenizers
-from gptjax.data.token_files import TokenFile, load, read_tokenizer
+from gptjax.data.batches import batch_at
+from gptjax.data.token_files import Split, load, read_tokenizer
 from gptjax.data.tokenizers import CharTokenizer
 from gptjax.errors import RunError, UserError
 
 
 def test_a_token_file_is_closed_with_its_last_reader(tmp_path):
     (tmp_path / "x.bin").write_bytes(bytes(8))
-    tokens = TokenFile(tmp_path / "x.bin", np.dtype("<u2"))
-    file = tokens._file
+    tokens = Split([tmp_path / "x.bin"], [4], np.dtype("<u2"))
+    (descriptor,) = tokens._files._descriptors
+    os.fstat(descriptor)
     del tokens
     gc.collect()
-    assert file.closed
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
 
 
 def test_a_truncated_token_file_is_a_clear_error(tmp_path):
     path = tmp_path / "train.bin"
     np.arange(100, dtype="<u2").tofile(path)
-    tokens = TokenFile(path, np.dtype("<u2"))
+    tokens = Split([path], [100], np.dtype("<u2"))
     assert len(tokens) == 100 and tokens[7:12].tolist() == [7, 8, 9, 10, 11]
     assert tokens[98:200].tolist() == [98, 99] and not len(tokens[5:5])
     os.truncate(path, 100)
@@ -119,6 +123,43 @@ def missing_split(folder):
     (folder / "val.bin").unlink()
 
 
+def nothing(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def sharded(folder, shard_tokens=500, **meta):
+    for split in ("train", "val"):
+        tokens = np.fromfile(folder / f"{split}.bin", "<u2")
+        (folder / f"{split}.bin").unlink()
+        for i in range(0, len(tokens), shard_tokens):
+            name = f"{split}-{i // shard_tokens:05d}.bin"
+            tokens[i : i + shard_tokens].tofile(folder / name)
+    known = json.loads((folder / "meta.json").read_text())
+    meta = known | {"shard_tokens": shard_tokens} | meta
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def missing_shard(folder):
+    sharded(folder)
+    (folder / "train-00003.bin").unlink()
+
+
+def shorter_shard(folder):
+    sharded(folder)
+    os.truncate(folder / "train-00001.bin", 400)
+
+
+def endless_shards(folder):
+    sharded(folder, train_tokens=10**15)
+
+
+def shards_of_nothing(folder):
+    sharded(folder, 500)
+    meta = json.loads((folder / "meta.json").read_text()) | {"shard_tokens": 0}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
 def shorter(folder):
     os.truncate(folder / "train.bin", 100)
 
@@ -162,7 +203,12 @@ def unknown_id(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (missing_split, "expected train.bin and val.bin"),
+        (missing_split, "val.bin is missing; copy it again or prepare the set again"),
+        (nothing, "expected meta.json, train.bin and val.bin in it"),
+        (missing_shard, "train-00003.bin is missing"),
+        (shorter_shard, "train-00001.bin is damaged or was replaced: it has 400 bytes, not 500"),
+        (endless_shards, "train-00043.bin is damaged or was replaced"),
+        (shards_of_nothing, "(and shard_tokens, if there are shards)"),
         (
             shorter,
             f"was replaced: it has 100 bytes, not {N_TRAIN:,} uint16 tokens",
@@ -185,10 +231,61 @@ def test_a_damaged_set_is_refused_with_the_reason(tmp_path, make_set, damage, wo
     assert words in str(caught.value) and str(folder) in str(caught.value)
 
 
-def test_a_set_in_a_bucket_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(files, "is_remote", lambda path: True)
-    with pytest.raises(UserError, match="on this machine's disk"):
-        load(tmp_path)
+@pytest.mark.parametrize("shard_tokens", [97, 500, 10**9])
+def test_shards_are_read_as_one(tmp_path, make_set, shard_tokens):
+    folder = make_set(tmp_path)
+    whole = load(folder)
+    expected = whole.train[:]
+    sharded(folder, shard_tokens)
+    split = load(folder)
+    assert split.fingerprint == whole.fingerprint
+    for start, stop in ((0, len(expected)), (0, 1), (96, 98), (500, 1000), (499, 1001), (7, 7)):
+        assert np.array_equal(split.train[start:stop], expected[start:stop])
+    batches = [batch_at(tokens, 1, 2, batch_size=64, block_size=120) for tokens in
+               (split.train, expected)]  # fmt: skip
+    assert np.array_equal(*batches)
+
+
+@pytest.fixture
+def bucket(tmp_path, make_set, monkeypatch):
+    """A set of shards on a disk, and what stands in for a bucket, which has it too."""
+    fsspec = pytest.importorskip("gcsfs", reason="buckets take gcsfs").GCSFileSystem
+    folder = make_set(tmp_path)
+    sharded(folder)
+    with FakeGcs() as gcs:
+        for name, value in gcs.environment.items():
+            monkeypatch.setenv(name, value)
+        fsspec.clear_instance_cache()
+        for file in folder.iterdir():
+            gcs.put(f"bucket/a/set/{file.name}", file.read_bytes(), {})
+        yield folder, gcs
+    fsspec.clear_instance_cache()
+
+
+def test_a_set_in_a_bucket_is_that_on_the_disk(bucket):
+    there, here = load(files.path("gs://bucket/a/set")), load(bucket[0])
+    assert there.fingerprint == here.fingerprint
+    assert there.tokenizer.state() == here.tokenizer.state()
+    batches = [batch_at(tokens, 1, 2, batch_size=300, block_size=120) for tokens in
+               (there.train, here.train)]  # fmt: skip
+    assert np.array_equal(*batches)
+
+
+def test_a_set_that_is_not_in_the_bucket_is_told(bucket):
+    with pytest.raises(UserError, match="gs://bucket/a/other is not a prepared data set"):
+        load(files.path("gs://bucket/a/other"))
+
+
+def test_a_shard_that_goes_away_is_named(bucket):
+    tokens = load(files.path("gs://bucket/a/set")).train
+    held = bucket[1].objects["bucket/a/set/train-00002.bin"]
+    bucket[1].objects["bucket/a/set/train-00002.bin"] = held[0], held[1][:700]
+    with pytest.raises(RunError, match=r"gs://bucket/a/set/train-00002\.bin is shorter than"):
+        tokens[1300:1400]
+    del bucket[1].objects["bucket/a/set/train-00002.bin"]
+    with pytest.raises(RunError, match=r"cannot read gs://bucket/a/set/train-00002\.bin: .*resume"):
+        tokens[1300:1400]
+    assert len(tokens[:1000]) == 1000
 
 
 def test_the_fingerprint_follows_the_tokens_not_the_path(tmp_path, make_set):
