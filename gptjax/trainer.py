@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gptjax import resume, sampling, train_step
+from gptjax import nonfinite, resume, sampling, train_step
 from gptjax.checkpoint import Checkpoints
 from gptjax.clock import Clock
 from gptjax.config import TrainConfig
@@ -112,6 +113,8 @@ class Trainer:
         self.best_val_loss = self.start.best_val_loss
         self.state = self.strategy.to_devices(self.start.state)
         self.clock = Clock(self.start.step + 1)
+        self._before: dict[int, Any] = {}
+        """With `debug_nans`: step -> a copy of the parameters that it starts from."""
         self.first_step_seconds: float | None = None
         """Of the first step in this process, compilation included."""
 
@@ -258,6 +261,10 @@ class Trainer:
                 program = self._train_step.compile(self.state, batch)
                 if warning := memory.shortage(program, self.runtime):
                     self._call("on_note", warning)
+            if self.runtime.debug_nans:
+                kept = jax.tree.map(jnp.copy, self.strategy.for_sampling(self.state.params))
+                last = {step - 1: self._before[step - 1]} if step - 1 in self._before else {}
+                self._before = last | {step: kept}
             with jax.profiler.StepTraceAnnotation("train", step_num=step):  # for `profile`
                 self.state, metrics = self._train_step(self.state, batch, self.stop())
             if first:
@@ -271,11 +278,29 @@ class Trainer:
         row: Row = {"step": step} | hosts.fetch(metrics)
         for name in ("train_loss", "grad_norm"):
             if not math.isfinite(row[name]):
+                why = f": {self._why_not_finite(step)}" if step in self._before else ""
+                what = "lower --learning-rate or raise --warmup-steps, in another --run-dir"
+                if not why:
+                    what += "; --debug-nans names the operation that did it"
                 raise RunError(
-                    f"{name} became {row[name]} at step {step}; {self.checkpoints.last_saved()};"
-                    " lower --learning-rate or raise --warmup-steps, in another --run-dir"
+                    f"{name} became {row[name]} at step {step}{why};"
+                    f" {self.checkpoints.last_saved()}; {what}"
                 )
         return row, row.pop("stop")
+
+    def _why_not_finite(self, step: int) -> str:
+        """In words; of this host's rows. A collective: all hosts wait for the slowest."""
+        self._call("on_phase", "looking for what is not finite")
+        params = jax.tree.map(hosts.whole, self._before[step])
+        windows = self.batch(step - 1)
+        rows = np.arange(len(windows), dtype=np.int32) + jax.process_index() * len(windows)
+        size = self.runtime.divide_batch(self.config, setup.device_count())
+        try:
+            return nonfinite.explain(
+                params, windows, rows, size, step - 1, self.config, self.train_compute[0]
+            )
+        finally:
+            hosts.barrier()
 
     def _evaluates_at(self, step: int) -> bool:
         return step % self.runtime.eval_interval == 0 or step == self.config.max_steps

@@ -111,7 +111,7 @@ def test_a_non_finite_loss_names_the_last_saved_step(tiny, train_tiny, tmp_path)
         train_tiny(tiny.config, tmp_path / "run", recorder, callbacks=[Poison()])
     assert str(caught.value) == (
         "train_loss became nan at step 7; step 4 is saved; lower --learning-rate or raise"
-        " --warmup-steps, in another --run-dir"
+        " --warmup-steps, in another --run-dir; --debug-nans names the operation that did it"
     )
     assert recorder.events[-1] == ("step", 6)
     train_tiny(tiny.config, tmp_path / "run")

@@ -164,6 +164,13 @@ def first_shard(x: Any) -> Any:
     return x.addressable_shards[0].data if isinstance(x, jax.Array) else x
 
 
+def whole(x: jax.Array) -> np.ndarray:
+    """An array of which hosts may hold parts only. A collective then: all must call it."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def fetch(tree: Any) -> dict[str, float]:
     """A dict of scalars that are the same on all devices, as Python numbers; waits for them."""
     return {name: np.asarray(first_shard(x)).item() for name, x in tree.items()}

@@ -170,6 +170,14 @@ def test_hosts_train_as_one_does(count, strategy, uninterrupted, tmp_path, text_
 
 
 @pytest.mark.slow
+def test_hosts_that_diverge_say_where_each_of_its_rows(tmp_path, text_file, cache_dir):
+    flags = [*FLAGS, "--strategy", "fsdp", "--learning-rate", "3e37", "--debug-nans"]
+    results = [finish(process) for process in start_hosts(2, tmp_path, cache_dir, *flags)]
+    for result in results:
+        assert_one_clear_line(result, "became nan at step 2: ", "makes inf from numbers", code=1)
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_host_stops_all_after_the_same_step(
     uninterrupted, tmp_path, text_file, cache_dir, command
 ):
