@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from gptjax import flash_attention, head_rows
+from gptjax import flash_attention, head_rows, tricks
 from gptjax.config import ModelConfig
 from gptjax.runtime_config import ComputeConfig
 
@@ -32,7 +32,7 @@ def choose(
     tpu = device.platform == "tpu"
     kernel = compute.attention if compute.attention != "auto" else "splash" if tpu else "cudnn"
     name = {"splash": "splash attention", "cudnn": "cuDNN"}[kernel]
-    cudnn = kernel == "cudnn"
+    cudnn, dropout = kernel == "cudnn", train and config.dropout > 0
     obstacles = [
         (cudnn and not nvidia, "needs an NVIDIA GPU"),
         (cudnn and nvidia and not ampere, "needs compute capability 8.0"),
@@ -43,7 +43,8 @@ def choose(
             "needs a head size that is a multiple of 8 up to 128",
         ),
         (cudnn and config.block_size % 2 != 0, "needs an even block_size"),
-        (train and config.dropout > 0, "cannot apply our attention dropout"),
+        (cudnn and dropout, "cannot apply our attention dropout"),
+        (dropout and not tricks.enabled("hashed_random"), "needs hashed_random for dropout"),
         (
             cudnn and compute.attention == "auto" and "banded" in config.attention_pattern,
             "has a window for banded layers, but it is not yet tried: ask with --attention cudnn",
@@ -55,7 +56,8 @@ def choose(
     if cudnn:
         return "cudnn", "flash attention"
     size = flash_attention.block(config.block_size)
-    return "splash", f"flash attention, in blocks of {size} x {size}"
+    own = ", with dropout by gptjax's own kernel" if dropout else ""
+    return "splash", f"flash attention{own}, in blocks of {size} x {size}"
 
 
 def attend(

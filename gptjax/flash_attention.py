@@ -1,11 +1,13 @@
 """Attention in one kernel, which never holds all scores at once (Dao et al., arXiv:2205.14135):
-cuDNN's on NVIDIA GPUs, JAX's splash attention on TPUs. `attention.choose` says where they apply.
+cuDNN's on NVIDIA GPUs, JAX's splash attention on TPUs, or there, with dropout, our own.
+`attention.choose` says where they apply.
 
 Letters in shape comments: B batch, H heads, T tokens, D head size.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,19 +29,24 @@ BLOCKED = (
 
 def attend(
     kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array,
-    windows: tuple[int, ...],
+    windows: tuple[int, ...], keys: jax.Array | None = None, rate: float = 0.0,
 ) -> jax.Array:  # fmt: skip
-    """`attention.attend` with start 0 and no dropout, by the kernel "cudnn" or "splash".
+    """`attention.attend` with start 0, by the kernel "cudnn" or "splash".
 
     Args:
         q, k, v: [B, H, T, D].
         window: int32 []: how many tokens back this layer looks, its own included.
         windows: those of all layers; at most two different ones.
+        keys: for dropout of the weights with probability `rate`, as `dropout_attention.attend`;
+            None: none. Not with "cudnn".
 
     Returns:
         [B, H, T, D].
     """
-    compute = {"cudnn": with_cudnn, "splash": with_splash}[kernel]
+    compute: Callable[..., jax.Array] = {"cudnn": with_cudnn, "splash": with_splash}[kernel]
+    if keys is not None:
+        assert kernel == "splash", kernel
+        compute = functools.partial(with_dropout, keys=keys, rate=rate)
     narrow, *wide = sorted({min(reach, q.shape[2]) for reach in windows})
     if not wide:
         return compute(q, k, v, narrow)
@@ -84,7 +91,19 @@ def with_splash(
     return jax.vmap(kernel)(q, k, v)[:, :, :t].astype(v.dtype)
 
 
+def with_dropout(
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int, keys: jax.Array, rate: float,
+    *, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """`with_splash`, and dropout of the weights, which splash attention does not have."""
+    from gptjax import dropout_attention  # only here, as above
+
+    return dropout_attention.attend(
+        q, k, v, keys, rate=rate, window=window, block=block(q.shape[2]), interpret=interpret
+    )
+
+
 def block(t: int) -> int:
-    """Queries, and keys, that splash attention handles at a time, of `t` tokens."""
+    """Queries, and keys, that a TPU's kernel handles at a time, of `t` tokens."""
     filled = -(-t // LANES) * LANES
     return next(size for size in BLOCKS if filled % size == 0)

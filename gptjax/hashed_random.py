@@ -5,6 +5,8 @@ network when a small model samples. Here number i is a hash of i and a key: a fe
 in the middle of other work, the same on every kind of device.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -28,8 +30,17 @@ def random_bits(keys: jax.Array, size: int) -> jax.Array:
             return jax.random.bits(own, (size,), jnp.uint32)
 
         return jnp.vectorize(bits, signature="(k)->(n)")(keys)
-    number = jax.lax.iota(jnp.uint32, size)
-    return mix(mix(number ^ keys[..., :1]) + keys[..., 1:])
+    return _bits(jax.lax.iota(jnp.uint32, size), keys[..., :1], keys[..., 1:])
+
+
+def _bits(number: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    return mix(mix(number ^ first) + second)
+
+
+def kept(number: jax.Array, first: jax.Array, second: jax.Array, rate: float) -> jax.Array:
+    """Whether number `number` (uint32) of an array is kept by `dropout_mask`; `first` and `second`
+    of its sequence's `dropout_keys`."""
+    return _bits(number, first, second) >= jnp.uint32(rate * 2**32)
 
 
 def dropout_mask(key: jax.Array, rows: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
@@ -39,14 +50,16 @@ def dropout_mask(key: jax.Array, rows: jax.Array, shape: tuple[int, ...], rate: 
     The mask of a sequence follows from the key and from `rows` (int32 [B], the sequences' numbers
     in the global batch): it does not matter which device computes it, or in which micro-batch.
     """
+    size = math.prod(shape) // rows.size
+    bits = random_bits(dropout_keys(key, rows), size).reshape(shape)
+    return bits >= jnp.uint32(rate * 2**32)
+
+
+def dropout_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """uint32 [B, 2], of the sequences `rows` (int32 [B])."""
     bits = jax.random.bits(key, (2,), jnp.uint32)
-    keys = jnp.stack(
-        [jnp.broadcast_to(bits[0], rows.shape), mix(rows.astype(jnp.uint32) ^ bits[1])]
-    )
-    size = 1
-    for axis in shape:
-        size *= axis
-    return random_bits(keys.T, size // rows.size).reshape(shape) >= jnp.uint32(rate * 2**32)
+    first = jnp.broadcast_to(bits[0], rows.shape)
+    return jnp.stack([first, mix(rows.astype(jnp.uint32) ^ bits[1])], -1)
 
 
 def gumbel(keys: jax.Array, size: int) -> jax.Array:

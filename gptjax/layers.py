@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.hashed_random import dropout_mask
+from gptjax.hashed_random import dropout_keys, dropout_mask
 from gptjax.runtime_config import ComputeConfig
 
 INIT_STD = 0.02
@@ -56,6 +56,13 @@ class Dropout(nn.Module):
             return x
         kept = dropout_mask(self.make_rng("dropout"), rows, x.shape, self.rate)
         return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))
+
+    def keys(self, rows: jax.Array) -> jax.Array | None:
+        """Instead of a call, for a kernel that makes the mask itself: uint32 [B, 2], or None where
+        nothing is dropped."""
+        if not self.train or not self.rate:
+            return None
+        return dropout_keys(self.make_rng("dropout"), rows)
 
 
 class Part(nn.Module):

@@ -21,7 +21,7 @@ from gptjax import flash_attention, head, remat, sharding
 from gptjax.attention import attend
 from gptjax.cache import Cache, LayerCache, append
 from gptjax.config import ModelConfig
-from gptjax.layers import INIT_STD, Part, compute_dtype, gelu, sinusoids
+from gptjax.layers import INIT_STD, Dropout, Part, compute_dtype, gelu, sinusoids
 from gptjax.runtime_config import ComputeConfig
 
 Params = Any
@@ -56,7 +56,10 @@ class CausalSelfAttention(Part):
         )  # [B, H, T, D] each
         kernel = self.compute.attention
         if kernel in ("cudnn", "splash") and cache is None and call.only is None:
-            y = flash_attention.attend(kernel, q, k, v, window, config.windows)
+            keys = Dropout(config.dropout, self.train).keys(call.rows)
+            y = flash_attention.attend(
+                kernel, q, k, v, window, config.windows, keys, config.dropout
+            )
         else:
             k, v, cache = append(cache, k, v, call.start)
             start = call.start

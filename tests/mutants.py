@@ -31,6 +31,7 @@ TESTS = {
     "layers.py": "test_layers.py test_model.py",
     "attention.py": "test_attention.py test_model.py",
     "flash_attention.py": "test_flash_attention.py",
+    "dropout_attention.py": "test_dropout_attention.py",
     "head.py": "test_head.py test_train_step.py",
     "head_rows.py": "test_head_rows.py test_model.py",
     "remat.py": "test_model.py test_progress.py",

@@ -37,8 +37,10 @@ one ("copy-done") moves nothing either."""
 SLICES = "dynamic-slice", "slice", "gather"
 
 KERNEL = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-"""Matrix products of each block in a kernel of splash attention."""
+OWN_KERNEL = re.compile(r"dropout_(forward|dq|dkv)_(\d+)x(\d+)")
+"""Of `dropout_attention`: the blocks of a head, and their size."""
+PRODUCTS = {"fwd": 2, "forward": 2, "dq": 3, "dkv": 4}
+"""Matrix products of each block in a kernel of attention."""
 
 
 class Cost(NamedTuple):
@@ -209,10 +211,15 @@ class Program:
         return found
 
     def _kernel(self, name: str, instruction: Instruction) -> tuple[float, float]:
-        """(operations, bytes read more than once) of a kernel of splash attention: of the blocks
-        of [queries, keys] that its grid has and its mask leaves."""
+        """(operations, bytes read more than once) of a kernel of attention: of the blocks of
+        [queries, keys] that its grid has and its mask leaves."""
+        if instruction.kind != "custom-call":
+            return 0, 0
+        if own := OWN_KERNEL.search(instruction.name):
+            b, h, d, _ = max(_arrays(instruction.results), key=lambda array: len(array[1]))[1]
+            return b * h * int(own[2]) * PRODUCTS[own[1]] * 2 * int(own[3]) ** 2 * d, 0
         found = KERNEL.search(instruction.name)
-        if instruction.kind != "custom-call" or not found:
+        if not found:
             return 0, 0
         operands = [self._instructions[name][operand].results for operand in instruction.operands]
         grid = _arrays(operands[0])[0][1]

@@ -63,6 +63,21 @@ def test_a_scanned_program_costs_what_the_unrolled_one_does():
     assert scanned.flops == pytest.approx(unrolled.flops, rel=0.01)
 
 
+def test_attention_with_dropout_costs_what_it_does_without():
+    without, dropped = (
+        roofline.Program(
+            memory.compile_step(
+                TrainConfig(MODEL.replace(dropout=dropout, block_size=1024), batch_size=4),
+                RuntimeConfig(),
+                topology.devices("v5e-1"),
+            ).as_text()
+        ).cost()
+        for dropout in (0.0, 0.1)
+    )
+    assert dropped.flops == pytest.approx(without.flops, rel=0.01)
+    assert dropped.bytes < 1.1 * without.bytes
+
+
 TOO_LARGE = {("gpt2_xl", "pmap"), ("gpt3_13b", "pmap"), ("gpt3_13b", "fsdp")}
 """For 16 GiB, or 8 or 16 times 16."""
 
