@@ -8,7 +8,12 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:-gpu-results}")
+if [ -e "$out" ]; then
+    echo "error: $out is there already, and its runs would not be done again; name another folder" >&2
+    exit 2
+fi
 mkdir -p "$out"
+failed=()
 model=(gpt2 --dtype bfloat16 --batch-size 16 --gradient-accumulation-steps 1) tokens=256
 char=(shakespeare_char --dtype bfloat16) steps=5000
 if [ -n "${SMALL:-}" ]; then
@@ -23,7 +28,9 @@ run() {
     shift 2
     echo "== $name: $*"
     timeout "$limit" "$@" > "$out/$name.log" 2>&1
-    echo "exit code $? after $((SECONDS - began)) of at most $limit s"
+    local code=$?
+    [ $code = 0 ] || failed+=("$name")
+    echo "exit code $code after $((SECONDS - began)) of at most $limit s"
     tail -n "${LINES_SHOWN:-8}" "$out/$name.log"
 }
 
@@ -69,5 +76,6 @@ import gptjax
 
 whole, resumed = (gptjax.load(folder, "latest").params for folder in sys.argv[1:])
 same = jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), whole, resumed)
-print("the same bits" if all(jax.tree.leaves(same)) else f"not the same bits: {same}")
+sys.exit(0 if all(jax.tree.leaves(same)) else f"not the same bits: {same}")
 PY
+[ ${#failed[@]} = 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

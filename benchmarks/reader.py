@@ -21,6 +21,7 @@ from gptjax import files
 from gptjax.commands import flags, process
 from gptjax.data import batches, token_files
 from gptjax.data.prefetch import Prefetch
+from gptjax.errors import UserError
 from gptjax.settings import Config
 
 PROG = "python benchmarks/reader.py"
@@ -73,6 +74,8 @@ def main(argv: list[str], prog: str) -> None:
     named, given = flags.parse(ReaderFlags(), argv, prog, "FOLDER")
     folder = files.path(named[0])
     tokens = token_files.load(folder).train
+    if len(tokens) <= given.block_size:
+        raise UserError(f"{folder} has {len(tokens):,} tokens; expected more than --block-size")
     sides: dict[str, Callable[[int], None]] = {"gptjax": lambda first: ours(tokens, given, first)}
     if not files.is_remote(file := folder / "train.bin") and file.is_file():
         sides["nanoGPT's way"] = lambda first: nanogpt(file, tokens.dtype, given, first)

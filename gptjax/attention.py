@@ -46,6 +46,12 @@ def choose(
         (cudnn and dropout, "cannot apply our attention dropout"),
         (dropout and not tricks.enabled("hashed_random"), "needs hashed_random for dropout"),
         (
+            not cudnn
+            and dropout
+            and not flash_attention.fits_with_dropout(config.block_size, config.head_size),
+            "with dropout needs a smaller block_size",
+        ),
+        (
             cudnn and compute.attention == "auto" and "banded" in config.attention_pattern,
             "has a window for banded layers, but it is not yet tried: ask with --attention cudnn",
         ),

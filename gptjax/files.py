@@ -87,15 +87,31 @@ def is_remote(path: Path) -> bool:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """The files of a folder, with their bytes; none if there is no such folder. Raises OSError."""
-    if not is_remote(folder):
-        found = [*os.scandir(folder)] if folder.is_dir() else []
-        return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+    """The files of a folder, with their bytes; none if there is no such folder. UserError: it
+    cannot be read."""
+    with readable(folder):
+        if not is_remote(folder):
+            found = [*os.scandir(folder)] if folder.is_dir() else []
+            return {entry.name: entry.stat().st_size for entry in found if entry.is_file()}
+        try:
+            listed = _buckets().ls(str(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        return {os.path.basename(x["name"]): x["size"] for x in listed if x["type"] == "file"}
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """UserError: what is read in the block, `path` or something in it, cannot be read."""
     try:
-        listed = _buckets().ls(str(folder), detail=True)
-    except FileNotFoundError:
-        return {}
-    return {os.path.basename(x["name"]): x["size"] for x in listed if x["type"] == "file"}
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_remote(path):
+            raise
+        name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        raise UserError(f"cannot read {name or path}: {reason or first_line(error)}") from None
 
 
 class Ranges:
@@ -115,15 +131,28 @@ class Ranges:
         """Of each (which of the paths, first byte, end); less where a file ends before. Raises
         OSError."""
         if self._descriptors:
-            return [os.pread(self._descriptors[n], end - at, at) for n, at, end in parts]
+            return [_read(self._descriptors[n], at, end) for n, at, end in parts]
         numbers, starts, ends = zip(*parts, strict=True) if parts else ((), (), ())
         found = _buckets().cat_ranges(
             [str(self.paths[n]) for n in numbers], [*starts], [*ends], on_error="return"
         )
-        for n, content in zip(numbers, found, strict=True):
-            if isinstance(content, Exception):  # of gcsfs, aiohttp and the system
-                raise OSError(None, first_line(content), str(self.paths[n])) from content
+        for i, (n, content) in enumerate(zip(numbers, found, strict=True)):
+            if getattr(content, "code", None) == 416:  # it ends before this range begins
+                found[i] = b""
+            elif isinstance(content, Exception):  # of gcsfs, aiohttp and the system
+                gone = isinstance(content, FileNotFoundError)
+                reason = "it is no longer there" if gone else first_line(content)
+                raise OSError(None, reason, str(self.paths[n])) from content
         return found
+
+
+def _read(descriptor: int, at: int, end: int) -> bytes:
+    """Bytes [at, end) of a file; fewer only where it ends. (One call reads 2 GiB at most.)"""
+    parts = list[bytes]()
+    while at < end and (part := os.pread(descriptor, end - at, at)):
+        parts.append(part)
+        at += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _buckets() -> Any:

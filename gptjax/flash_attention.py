@@ -91,6 +91,16 @@ def with_splash(
     return jax.vmap(kernel)(q, k, v)[:, :, :t].astype(v.dtype)
 
 
+LARGEST = 10 << 20
+"""Bytes of a TPU's fast memory, of 16 MiB, for what `with_dropout` has there of a whole head."""
+
+
+def fits_with_dropout(t: int, d: int) -> bool:
+    """Whether fast memory has room for a head's keys and values, or in the backward pass queries
+    and gradients with two rows of float32: twice, because the next head's come already."""
+    return 2 * (2 * 2 * d + 2 * 4 * 8) * t <= LARGEST
+
+
 def with_dropout(
     q: jax.Array, k: jax.Array, v: jax.Array, window: int, keys: jax.Array, rate: float,
     *, interpret: bool = False,

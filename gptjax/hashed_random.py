@@ -47,6 +47,8 @@ def dropout_mask(key: jax.Array, rows: jax.Array, shape: tuple[int, ...], rate: 
     """bool `shape`: whether to keep each number of an array whose leading axis is, or begins with,
     the batch; each is dropped with probability `rate`.
 
+    An array with more than 2^32 numbers a sequence (16 heads of 16,384 tokens) repeats its mask.
+
     The mask of a sequence follows from the key and from `rows` (int32 [B], the sequences' numbers
     in the global batch): it does not matter which device computes it, or in which micro-batch.
     """

@@ -111,7 +111,8 @@ def open_data(
             folder = prepare.default_dir(config.data)
     if tokenizer and not config.data.dir and not prepare.is_made_with(folder, tokenizer):
         folder = prepare.default_dir(config.data, tokenizer)
-    if not folder.exists():
+    there = bool(files.sizes(folder)) if files.is_remote(folder) else folder.exists()
+    if not there:
         if config.data.dir:
             raise UserError(f"no folder {folder} (--data.dir); `gptjax data` makes one")
         try:

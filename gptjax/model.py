@@ -235,8 +235,7 @@ def apply(
     Args:
         tokens: int32 [B, T]. They follow the `cache.length` tokens in the cache.
         cache: from `init_cache`, or from the call before; it must have room for the T tokens.
-        compute: how to compute it, as `attention.choose` found possible: the kernels of
-            `flash_attention` have no dropout of attention weights. "auto" is XLA here.
+        compute: how to compute it, as `attention.choose` found possible. "auto" is XLA here.
         dropout_key: given in training; the mask follows from it and from `rows`.
         rows: int32 [B]: the sequences' numbers in the global batch; None: 0 ... B - 1.
         logits_at: int32 []; only this position's logits are computed, as [B, 1, V].

@@ -102,8 +102,8 @@ class RuntimeConfig(Config):
     profile_steps: str | None = None
     """Trace these steps into RUN_DIR/profile, for TensorBoard or xprof: 10:15."""
     debug_nans: bool = False
-    """If a loss or gradient is no longer finite, name the first operation that made it so. Keeps a
-    copy of the weights as they were before each step."""
+    """If a loss or gradient is no longer finite, name the first operation that made it so. Keeps
+    two copies of the weights, as they were before the last steps, on one device (fsdp: on all)."""
 
     device: DeviceKind = "auto"
     """Kind of device to train on. auto: the fastest kind that is there."""

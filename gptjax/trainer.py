@@ -36,6 +36,10 @@ Row = dict[str, Any]
 `tokens_per_second` and `seconds` (of training in this process, without evaluating and saving)."""
 
 
+SLOWER = "lower --learning-rate or raise --warmup-steps, in another --run-dir"
+"""What helps against numbers that are no longer finite."""
+
+
 class Callback:
     """Listens to a Trainer, on every host. Each method does nothing unless it is overridden."""
 
@@ -114,7 +118,8 @@ class Trainer:
         self.state = self.strategy.to_devices(self.start.state)
         self.clock = Clock(self.start.step + 1)
         self._before: dict[int, Any] = {}
-        """With `debug_nans`: step -> a copy of the parameters that it starts from."""
+        """With `debug_nans`: step -> a copy of the parameters that it starts from; of two steps,
+        because one is under way while the numbers of the one before are read."""
         self.first_step_seconds: float | None = None
         """Of the first step in this process, compilation included."""
 
@@ -152,7 +157,12 @@ class Trainer:
             return None
         nats, count = total
         if not math.isfinite(nats):
-            raise RunError(f"the validation loss became {nats}; {self.checkpoints.last_saved()}")
+            params = jax.tree.map(hosts.whole, self.strategy.for_sampling(self.state.params))
+            name = nonfinite.leaf(params)
+            why = f": the last update made {name} so" if name else ""
+            raise RunError(
+                f"the validation loss became {nats}{why}; {self.checkpoints.last_saved()}; {SLOWER}"
+            )
         return nats / count
 
     def sample(self) -> str:
@@ -262,9 +272,9 @@ class Trainer:
                 if warning := memory.shortage(program, self.runtime):
                     self._call("on_note", warning)
             if self.runtime.debug_nans:
-                kept = jax.tree.map(jnp.copy, self.strategy.for_sampling(self.state.params))
-                last = {step - 1: self._before[step - 1]} if step - 1 in self._before else {}
-                self._before = last | {step: kept}
+                self._before.pop(step - 2, None)
+                params = self.strategy.for_sampling(self.state.params)
+                self._before[step] = jax.tree.map(jnp.copy, params)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):  # for `profile`
                 self.state, metrics = self._train_step(self.state, batch, self.stop())
             if first:
@@ -279,12 +289,10 @@ class Trainer:
         for name in ("train_loss", "grad_norm"):
             if not math.isfinite(row[name]):
                 why = f": {self._why_not_finite(step)}" if step in self._before else ""
-                what = "lower --learning-rate or raise --warmup-steps, in another --run-dir"
-                if not why:
-                    what += "; --debug-nans names the operation that did it"
+                more = "" if why else "; --debug-nans names the operation that did it"
                 raise RunError(
                     f"{name} became {row[name]} at step {step}{why};"
-                    f" {self.checkpoints.last_saved()}; {what}"
+                    f" {self.checkpoints.last_saved()}; {SLOWER}{more}"
                 )
         return row, row.pop("stop")
 

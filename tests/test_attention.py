@@ -111,6 +111,9 @@ def test_cudnns_window_is_used_only_when_asked_for(monkeypatch):
         ({"dropout": 0.0, "block_size": 333, "n_embd": 66}, True, None),
         ({"attention_pattern": ("dense", "banded")}, False, None),
         ({}, True, None),
+        ({"block_size": 16384}, True, None),
+        ({"block_size": 16385}, True, "splash attention with dropout needs a smaller block_size"),
+        ({"block_size": 1 << 20}, False, None),
         ({"dtype": "float32"}, False, "splash attention needs bfloat16"),
     ],
 )
@@ -119,6 +122,6 @@ def test_splash_attention_is_chosen_on_tpus(changes, train, why):
     tpu = device("tpu")
     kernel, reason = attention.choose(config, ComputeConfig(), tpu, train=train)
     assert kernel == ("xla" if why else "splash") and (why or "in blocks of") in reason
-    assert ("dropout by gptjax's own kernel" in reason) == (train and config.dropout > 0)
+    assert ("gptjax's own kernel" in reason) == (train and config.dropout > 0 and not why)
     assert attention.choose(config, ComputeConfig("cudnn"), tpu, train=train)[0] == "xla"
     assert attention.choose(config, ComputeConfig("splash"), device(), train=train)[0] == "xla"

@@ -4,6 +4,7 @@ and tokenizer.json; or nanoGPT's, where meta.pkl stands for the last two."""
 
 import bisect
 import dataclasses
+import errno
 import hashlib
 import io
 import itertools
@@ -42,7 +43,9 @@ class Split:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Raises as `read`."""
-        start, stop, _ = part.indices(len(self))
+        start, stop, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError(f"tokens are read one after the other, not in steps of {step}")
         return self.read([(start, stop)])[0]
 
     def read(self, parts: Sequence[tuple[int, int]]) -> list[np.ndarray]:
@@ -108,16 +111,14 @@ def load(folder: Path) -> Dataset:
     Raises UserError if files are missing, damaged, of another length than recorded, or hold token
     ids that the tokenizer does not have, or cannot be read.
     """
-    try:
-        sizes = files.sizes(folder)
-        if "meta.json" not in sizes and not {f"{split}.bin" for split in SPLITS} <= {*sizes}:
-            raise UserError(
-                f"{folder} is not a prepared data set: expected meta.json, train.bin and val.bin in"
-                " it (python -m gptjax data SOURCE --out FOLDER makes one)"
-            )
+    sizes = files.sizes(folder)
+    if "meta.json" not in sizes and not {f"{split}.bin" for split in SPLITS} <= {*sizes}:
+        raise UserError(
+            f"{folder} is not a prepared data set: expected meta.json, train.bin and val.bin in it"
+            " (python -m gptjax data SOURCE --out FOLDER makes one)"
+        )
+    with files.readable(folder):
         return _load(folder, sizes)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from None
 
 
 def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
@@ -141,7 +142,15 @@ def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
                     f"{paths[-1]} is damaged or was replaced: it has {sizes[name]:,} bytes, not"
                     f" {expected:,} {dtype.name} tokens; prepare it again"
                 )
-        tokens = Split(paths, counts, dtype)
+        try:
+            tokens = Split(paths, counts, dtype)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise UserError(
+                f"{folder} has {len(counts):,} shards, more than files may be open; allow more"
+                " (ulimit -n), or prepare it with larger --shard-tokens"
+            ) from None
         largest = _digest_sample(tokens, digest)
         if largest >= tokenizer.n_vocab:
             raise UserError(

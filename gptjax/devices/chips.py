@@ -72,10 +72,13 @@ def find(device_kind: str) -> Chip | None:
 
 def prepare_tpu_library() -> None:
     """By variables of the environment; call before JAX starts. What they are already stays."""
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if STACK not in flags:  # undefok: a libtpu that does not know the flag must not end for it
-        flags += f" --undefok={STACK} --{STACK}={2**20}"
-        os.environ["LIBTPU_INIT_ARGS"] = flags.strip()
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    if not any(STACK in flag for flag in flags):
+        # A libtpu that does not know the flag must not end for it. Of several such lists the last
+        # one counts.
+        unknown = [STACK, *(f.partition("=")[2] for f in flags if f.startswith("--undefok="))]
+        flags += [f"--{STACK}={2**20}", f"--undefok={','.join(unknown)}"]
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join(flags)
     if not glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*"):
         for name, value in NO_TPUS.items():
             os.environ.setdefault(name, value)

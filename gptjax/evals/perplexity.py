@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from gptjax import files
 from gptjax.config import ModelConfig
 from gptjax.data import corpus, token_files
 from gptjax.data.batches import Tokens, windows_over
@@ -77,7 +78,7 @@ def read_split(
 ) -> Text:
     """A split of the data that a run was trained on, which have this `fingerprint`. UserError: the
     folder is missing, or holds other tokens now."""
-    if not folder.exists():
+    if not files.sizes(folder):
         raise UserError(
             f"the run's data are no longer at {folder}; say where with --data-dir, or name a text"
             " with --text"

@@ -332,7 +332,7 @@ def _read_tokens(
     """(ids, where they come from): the text, the run's data folder, or random ones."""
     if text:
         return perplexity.read_text(text, tokenizer).tokens, text
-    if folder and files.path(folder).exists():
+    if folder and files.sizes(files.path(folder)):
         dataset = token_files.load(files.path(folder))
         if dataset.tokenizer.n_vocab == tokenizer.n_vocab:
             return dataset.train, folder

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import pickle
+import resource
 import struct
 
 import numpy as np
@@ -276,14 +277,43 @@ def test_a_set_that_is_not_in_the_bucket_is_told(bucket):
         load(files.path("gs://bucket/a/other"))
 
 
+def test_a_bucket_that_refuses_is_told_so(bucket):
+    folder = files.path("gs://bucket/a/set")
+    bucket[1].forbidden = "bucket"
+    with pytest.raises(UserError, match="cannot read gs://bucket/a/set: Forbidden"):
+        load(folder)
+
+
+def test_more_shards_than_files_may_be_open_is_told_so(tmp_path, make_set):
+    folder = make_set(tmp_path)
+    sharded(folder, 97)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
+    try:
+        with pytest.raises(UserError, match=r"has \d+ shards, .*ulimit -n.*larger --shard-tokens"):
+            load(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_long_read_is_taken_in_parts(tmp_path, monkeypatch):
+    np.arange(100, dtype="<u2").tofile(tmp_path / "x.bin")
+    tokens, real = Split([tmp_path / "x.bin"], [100], np.dtype("<u2")), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: real(file, min(size, 7), at))
+    assert tokens[3:97].tolist() == list(range(3, 97))
+    with pytest.raises(ValueError, match="steps of 2"):
+        tokens[::2]
+
+
 def test_a_shard_that_goes_away_is_named(bucket):
     tokens = load(files.path("gs://bucket/a/set")).train
     held = bucket[1].objects["bucket/a/set/train-00002.bin"]
     bucket[1].objects["bucket/a/set/train-00002.bin"] = held[0], held[1][:700]
-    with pytest.raises(RunError, match=r"gs://bucket/a/set/train-00002\.bin is shorter than"):
-        tokens[1300:1400]
+    for start in (1300, 1360):
+        with pytest.raises(RunError, match=r"gs://bucket/a/set/train-00002\.bin is shorter than"):
+            tokens[start : start + 60]
     del bucket[1].objects["bucket/a/set/train-00002.bin"]
-    with pytest.raises(RunError, match=r"cannot read gs://bucket/a/set/train-00002\.bin: .*resume"):
+    with pytest.raises(RunError, match=r"read gs://bucket/a/set/train-00002\.bin: it is no longer"):
         tokens[1300:1400]
     assert len(tokens[:1000]) == 1000
 

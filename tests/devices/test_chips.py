@@ -32,12 +32,16 @@ def test_the_tpu_library_is_told_only_where_there_is_no_tpu(monkeypatch, attache
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("mine", ["", "--xla_tpu_x=1", f"--{chips.STACK}=65536"])
+@pytest.mark.parametrize(
+    "mine", ["", "--xla_tpu_x=1", f"--{chips.STACK}=65536", "--undefok=a,b --a=1"]
+)
 def test_the_tpu_compiler_has_stacks_that_it_does_not_overflow(monkeypatch, mine):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", mine)
     monkeypatch.setattr(chips, "NO_TPUS", {})
     for _ in range(2):  # a process and its children
         chips.prepare_tpu_library()
     flags = os.environ["LIBTPU_INIT_ARGS"].split()
-    assert flags[: bool(mine)] == mine.split()
+    assert flags[: len(mine.split())] == mine.split()
+    if "undefok" in mine:  # libtpu takes the last one
+        assert flags[-1] == f"--undefok={chips.STACK},a,b"
     assert sum(flag.startswith(f"--{chips.STACK}=") for flag in flags) == 1
