@@ -67,7 +67,9 @@ def test_attention_with_dropout_costs_what_it_does_without():
     without, dropped = (
         roofline.Program(
             memory.compile_step(
-                TrainConfig(MODEL.replace(dropout=dropout, block_size=1024), batch_size=4),
+                TrainConfig(
+                    MODEL.replace(n_layer=1, dropout=dropout, block_size=1024), batch_size=4
+                ),
                 RuntimeConfig(),
                 topology.devices("v5e-1"),
             ).as_text()
