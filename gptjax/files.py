@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from gptjax.errors import UserError, first_line
+from gptjax.errors import RunError, UserError, first_line
 
 LONGEST_TEXT = 1 << 30
 """Bytes of a file that is read whole (a device would never end)."""
@@ -105,9 +105,9 @@ def readable(path: Path) -> Iterator[None]:
     """UserError: what is read in the block, `path` or something in it, cannot be read."""
     try:
         yield
-    except UserError:
+    except (UserError, RunError):
         raise
-    except Exception as error:
+    except Exception as error:  # a bucket's, of gcsfs and aiohttp, are often no OSError
         if not isinstance(error, OSError) and not is_remote(path):
             raise
         name, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
