@@ -44,7 +44,7 @@ grep -o '"val_loss": [0-9][0-9.]*' "$out/char/metrics.jsonl" | sort -k2 -g | hea
 
 # Sampling, 1, 16 and 128 side by side.
 for n in 1 16 128; do
-    run "sample$n" 45 python -m gptjax bench generate --config "${model[@]}" --against hf \
+    run "sample$n" 60 python -m gptjax bench generate --config "${model[@]}" --against hf \
         --num-samples "$n" --max-new-tokens "$tokens" --seconds 8 --json "$out/sample$n.json"
 done
 
