@@ -40,7 +40,11 @@ def _bits(number: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 def kept(number: jax.Array, first: jax.Array, second: jax.Array, rate: float) -> jax.Array:
     """Whether number `number` (uint32) of an array is kept by `dropout_mask`; `first` and `second`
     of its sequence's `dropout_keys`."""
-    return _bits(number, first, second) >= jnp.uint32(rate * 2**32)
+    return _keeps(_bits(number, first, second), rate)
+
+
+def _keeps(bits: jax.Array, rate: float) -> jax.Array:
+    return bits >= jnp.uint32(rate * 2**32)
 
 
 def dropout_mask(key: jax.Array, rows: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
@@ -53,8 +57,7 @@ def dropout_mask(key: jax.Array, rows: jax.Array, shape: tuple[int, ...], rate: 
     in the global batch): it does not matter which device computes it, or in which micro-batch.
     """
     size = math.prod(shape) // rows.size
-    bits = random_bits(dropout_keys(key, rows), size).reshape(shape)
-    return bits >= jnp.uint32(rate * 2**32)
+    return _keeps(random_bits(dropout_keys(key, rows), size), rate).reshape(shape)
 
 
 def dropout_keys(key: jax.Array, rows: jax.Array) -> jax.Array:

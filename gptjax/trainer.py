@@ -301,7 +301,7 @@ class Trainer:
         self._call("on_phase", "looking for what is not finite")
         params = jax.tree.map(hosts.whole, self._before[step])
         windows = self.batch(step - 1)
-        rows = np.arange(len(windows), dtype=np.int32) + jax.process_index() * len(windows)
+        rows = hosts.row_numbers(len(windows))
         size = self.runtime.divide_batch(self.config, setup.device_count())
         try:
             return nonfinite.explain(

@@ -36,7 +36,7 @@ class DataFlags(Config):
 
     def problems(self) -> list[str]:
         out = self.config("builtin").problems() + ["--out is empty"] * (self.out == "")
-        return out + (self._check_ints(1, "shard_tokens") if self.shard_tokens is not None else [])
+        return out + self._check_ints(1, "shard_tokens")
 
 
 DEFAULTS = [DataFlags()]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.devices.hosts import first_shard
+from gptjax.devices.hosts import first_shard, row_numbers
 from gptjax.train_step import Batch, Metrics
 
 
@@ -105,7 +105,7 @@ class TrainStep:
 
     def _inputs(self, windows: np.ndarray, stop: int, **options: bool) -> tuple[Batch, Any]:
         distribute = self._strategy.distribute
-        rows = np.arange(len(windows), dtype=np.int32) + jax.process_index() * len(windows)
+        rows = row_numbers(len(windows))
         parts = (distribute(x, self._accumulation_steps, **options) for x in (windows, rows))
         return Batch(*parts), distribute(self._strategy.signal(stop), **options)
 

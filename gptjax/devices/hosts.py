@@ -158,6 +158,11 @@ def host_rows(rows: int) -> slice:
     return slice(index * share, (index + 1) * share)
 
 
+def row_numbers(own: int) -> np.ndarray:
+    """int32 [own]: what `host_rows` of a global batch are, of which this host has `own`."""
+    return np.arange(own, dtype=np.int32) + jax.process_index() * own
+
+
 def first_shard(x: Any) -> Any:
     """What the first local device holds of an array. Never x[0]: indexing an array that lives on
     many devices gathers it."""
