@@ -68,7 +68,7 @@ def generate(job: Job, turns: Turns) -> None:
 
 
 def ceilings(job: Job, turns: Turns) -> None:
-    setup.start(RuntimeConfig(device=job.runtime.device, num_devices=1), 10**9)
+    setup.start(RuntimeConfig(device=job.runtime.device, num_devices=1))
     width, length = (2048, 2**26) if jax.default_backend() == "cpu" else (8192, 2**29)
     square = jnp.ones((width, width), compute_dtype(setup.resolve_dtype(job.config.model)))
     long = jnp.ones(length, jnp.float32)

@@ -52,7 +52,7 @@ def train(
             raise UserError(f"{folder} is a file; expected a folder (--run-dir)")
     console = console or Console(quiet=True)
     with console.status("starting the devices"):
-        start_devices(config, runtime.replace(device="cpu") if runtime.topology else runtime)
+        start_devices(runtime.replace(device="cpu") if runtime.topology else runtime)
     devices = topology.devices(runtime.topology) if runtime.topology else jax.devices()
     # Not saved: hosts find each other again when the run is resumed.
     runtime = runtime.replace(distributed=DistributedConfig())
@@ -81,9 +81,9 @@ def train(
         raise RunError(f"{error.filename or run_dir}: {error.strerror or error}") from error
 
 
-def start_devices(config: TrainConfig, runtime: RuntimeConfig) -> None:
+def start_devices(runtime: RuntimeConfig) -> None:
     """Before anything else uses JAX."""
-    setup.start(runtime, config.model.num_parameters(embeddings=False))
+    setup.start(runtime)
     setup.use_compilation_cache(files.cache_dir() / "xla")
 
 

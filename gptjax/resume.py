@@ -140,8 +140,6 @@ def conflicts(saved: CheckpointMetadata, config: TrainConfig, fingerprint: str) 
 class Start:
     """Where training starts."""
 
-    state: TrainState
-    """In the strategy's layout for saving."""
     step: int
     origin: str
     """In words."""
@@ -161,9 +159,9 @@ def init_or_resume(
     dataset: Dataset,
     checkpoints: Checkpoints,
     strategy: Strategy,
-) -> Start:
-    """The start of the run that `checkpoints` belong to. All hosts call it, and start at the same
-    step; corrupted checkpoints are set aside.
+) -> tuple[TrainState, Start]:
+    """(the state, in the strategy's layout for saving, where the run that `checkpoints` belong to
+    starts). All hosts call it, and start at the same step; corrupted checkpoints are set aside.
 
     Raises:
         UserError: it would become another experiment, or no checkpoint of the run is whole.
@@ -186,9 +184,9 @@ def init_or_resume(
             notes.append(f"warning: {corrupted}; moved to {checkpoints.set_aside(step)}")
     for step in reversed(whole):
         try:
-            found = _resume(step, config, runtime, dataset, checkpoints, strategy)
-            found.notes[:0] = notes
-            return found
+            state, start = _resume(step, config, runtime, dataset, checkpoints, strategy)
+            start.notes[:0] = notes
+            return state, start
         except Corrupted as error:
             note = f"{error}; moved to {checkpoints.set_aside(step)}"
             if setup.host_count() > 1:
@@ -208,7 +206,7 @@ def init_or_resume(
         state, origin = _from_weights(config, strategy), f"from {config.init_from}"
     else:
         state, origin = strategy.initialise(lambda: train_step.init_state(config)), "new"
-    return Start(state, 0, origin, windows, notes=notes)
+    return state, Start(0, origin, windows, notes=notes)
 
 
 def _resume(
@@ -218,7 +216,7 @@ def _resume(
     dataset: Dataset,
     checkpoints: Checkpoints,
     strategy: Strategy,
-) -> Start:
+) -> tuple[TrainState, Start]:
     """Raises Corrupted; UserError where the settings would make it another experiment."""
     saved = run_metadata.read(checkpoints, step)
     if found := conflicts(saved, config, dataset.fingerprint):
@@ -245,7 +243,7 @@ def _resume(
             f"note: evaluations are over {windows} validation windows now, over {before} before;"
             " their losses do not compare, so the best is chosen anew"
         )
-    return Start(state, step, origin, windows, best, saved.unfinished, notes)
+    return state, Start(step, origin, windows, best, saved.unfinished, notes)
 
 
 def eval_windows(config: TrainConfig, runtime: RuntimeConfig, dataset: Dataset) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from gptjax.data.batches import batch_at, check_ids, windows_over
 from gptjax.data.prefetch import Prefetch
 from gptjax.data.token_files import Dataset
 from gptjax.decode_layout import unstack
-from gptjax.devices import hosts, memory, setup
+from gptjax.devices import cpu, hosts, memory, setup
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import RunError, UserError
 from gptjax.evaluation import window_loss
@@ -113,9 +113,13 @@ class Trainer:
             )
         )
         self._eval_batch_size = config.batch_size // accumulation  # what fits in training fits
-        self.start = resume.init_or_resume(config, runtime, dataset, checkpoints, self.strategy)
+        state, self.start = resume.init_or_resume(
+            config, runtime, dataset, checkpoints, self.strategy
+        )
         self.best_val_loss = self.start.best_val_loss
-        self.state = self.strategy.to_devices(self.start.state)
+        self.state = self.strategy.to_devices(state)
+        del state  # it may be another copy
+        cpu.give_back_memory()
         self.clock = Clock(self.start.step + 1)
         self._before: dict[int, Any] = {}
         """With `debug_nans`: step -> a copy of the parameters that it starts from; of two steps,
@@ -271,6 +275,7 @@ class Trainer:
                 program = self._train_step.compile(self.state, batch)
                 if warning := memory.shortage(program, self.runtime):
                     self._call("on_note", warning)
+                cpu.give_back_memory()
             if self.runtime.debug_nans:
                 self._before.pop(step - 2, None)
                 params = self.strategy.for_sampling(self.state.params)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import jax
 import numpy as np
 import numpy_gpt
 import pytest
@@ -71,6 +72,20 @@ def test_checkpoints_say_what_they_are(tiny):
         assert (metadata.eval_windows, metadata.unfinished) == (-(-tokens // block), None)
     text = json.loads((tiny.run_dir / "config.json").read_text())
     assert config_io.run_settings(text, "config.json") == (trainer.config, trainer.runtime)
+
+
+def test_a_state_is_held_once(tiny, train_tiny, tmp_path):
+    """Not, beside the copies that train, the one that they were made from."""
+    width, shapes = 28, []
+
+    class Sizes(tiny_runs.Recorder):
+        def on_step(self, trainer, row):
+            shapes.append([x.shape for x in jax.live_arrays() if width in x.shape])
+
+    config = tiny.config.replace({"model.n_embd": width, "max_steps": 3})
+    train_tiny(config, tmp_path / "run", Sizes())
+    devices = jax.device_count()
+    assert all(shape[0] == devices for shape in shapes[2]) and len(shapes[2]) > 30
 
 
 def test_a_complete_run_takes_no_step(tiny, train_tiny, tmp_path):

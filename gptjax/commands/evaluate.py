@@ -68,8 +68,7 @@ def main(argv: list[str], prog: str) -> None:
     newest = run_metadata.newest_metadata(run_dir)
     if newest is None:
         raise UserError(f"no run in {run_dir}")
-    size = newest.config.model.num_parameters(embeddings=False)
-    setup.start(RuntimeConfig(device=given.device, num_devices=given.num_devices), size)
+    setup.start(RuntimeConfig(device=given.device, num_devices=given.num_devices))
     setup.use_compilation_cache(files.cache_dir() / "xla")
     count = setup.device_count()
     batch_size = given.batch_size or -(-8 // count) * count

@@ -16,16 +16,16 @@ from gptjax.runtime_config import ComputeConfig, DeviceKind, RuntimeConfig
 COMPILATION_CACHE_BYTES = 2 << 30
 
 
-def start(runtime: RuntimeConfig, num_parameters: int) -> None:
+def start(runtime: RuntimeConfig) -> None:
     """Join the other hosts, if any; choose the platform; split a CPU into `num_devices` (None: one
-    device, unless JAX_NUM_CPU_DEVICES says otherwise); prepare for a model of `num_parameters`.
-    Call before anything else uses JAX.
+    device, unless JAX_NUM_CPU_DEVICES says otherwise). Call before anything else uses JAX.
 
     Raises UserError if there is no device of this kind, JAX has been used with another number of
     CPU devices, or as `hosts.join`.
     """
     if runtime.device in ("auto", "cpu"):
-        cpu.keep_freed_memory(num_parameters)
+        devices: int = runtime.num_devices or getattr(jax.config, "jax_num_cpu_devices", 1)
+        cpu.keep_freed_memory(devices)
     if runtime.num_devices:
         try:
             jax.config.update("jax_num_cpu_devices", runtime.num_devices)

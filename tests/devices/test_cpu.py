@@ -24,7 +24,7 @@ from gptjax.devices import hosts, setup
 from gptjax.devices.strategy import get_strategy
 from gptjax.runtime_config import RuntimeConfig
 
-setup.start(RuntimeConfig(device="cpu", num_devices=2), 10**9)
+setup.start(RuntimeConfig(device="cpu", num_devices=2))
 model = ModelConfig(int(sys.argv[1]), 2, 16, block_size=16, vocab_size=50)
 config = TrainConfig(model, batch_size=4)
 strategy = get_strategy("pmap")
@@ -85,26 +85,34 @@ def test_xla_flags_of_the_user_are_kept(monkeypatch):
     assert os.environ["XLA_FLAGS"] == "--xla_foo=1 --xla_bar=2"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="not glibc")
 def test_a_step_reuses_its_memory_unless_switched_off(command):
     """In processes of their own: malloc is told once, before JAX's threads start."""
     script = """
-import resource
+import resource, sys
 from gptjax.devices import setup
 from gptjax.runtime_config import RuntimeConfig
-setup.start(RuntimeConfig(device="cpu"), 10**9)
+setup.start(RuntimeConfig(device="cpu", num_devices=int(sys.argv[1])))
 import jax, jax.numpy as jnp
-step = jax.jit(lambda x: x + 1)
-faults, x = [], jnp.zeros(1 << 24)
-for _ in range(60):
-    x = step(x).block_until_ready()
+n = jax.device_count()
+
+
+@jax.pmap
+def step(x):
+    wide = jnp.sqrt(x + jnp.arange(int(sys.argv[2]) << 13))
+    return wide @ jnp.ones(wide.shape[1])
+
+
+faults, x = [], jnp.ones((n, 32, 1))
+for _ in range(10):
+    step(x).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(sum(after - before > 1000 for before, after in zip(faults[-21:], faults[-20:])))
+print(sorted(b - a for a, b in zip(faults, faults[1:]))[6])
 """
-    # 64 MiB are 16,384 pages, more than malloc ever keeps by itself. Its heap still grows now and
-    # then.
-    kept, returned = (
-        int(command("-c", script, GPTJAX_TRICKS=tricks).stdout) for tricks in ("", "-malloc")
-    )
-    assert returned > 15 and kept < 5
+    for devices, mib in (("1", "160"), ("2", "80")):
+        kept, returned = (
+            int(command("-c", script, devices, mib, GPTJAX_TRICKS=tricks).stdout)
+            for tricks in ("", "-malloc")
+        )
+        # A MiB is 256 pages of 4 KiB.
+        assert returned > int(mib) * 200 and kept < 100, (devices, mib)

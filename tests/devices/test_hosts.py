@@ -130,7 +130,7 @@ def test_two_hosts_tell_each_other_what_they_know(tmp_path, cache_dir):
     script = """
 from gptjax.devices import hosts, setup
 from gptjax.runtime_config import RuntimeConfig
-setup.start(RuntimeConfig(device="cpu", num_devices=2), 0)
+setup.start(RuntimeConfig(device="cpu", num_devices=2))
 main = setup.is_main_host()
 print(setup.describe(), hosts.all_gather(5 if main else 6),
       hosts.broadcast_from_main([1, 2, 3] if main else [9]), hosts.broadcast_from_main([]),

@@ -49,9 +49,9 @@ def test_a_missing_device_is_named_with_what_to_do():
 def test_the_number_of_devices_is_fixed_once_jax_runs(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     assert setup.device_count() == 8 and setup.describe() == "8 x cpu"
-    setup.start(RuntimeConfig(device="cpu", num_devices=8), 0)
+    setup.start(RuntimeConfig(device="cpu", num_devices=8))
     with pytest.raises(UserError, match="JAX already runs with 8 devices"):
-        setup.start(RuntimeConfig(device="cpu", num_devices=2), 0)
+        setup.start(RuntimeConfig(device="cpu", num_devices=2))
 
 
 @pytest.mark.parametrize(
