@@ -24,8 +24,8 @@ def start(runtime: RuntimeConfig) -> None:
     CPU devices, or as `hosts.join`.
     """
     if runtime.device in ("auto", "cpu"):
-        devices: int = runtime.num_devices or getattr(jax.config, "jax_num_cpu_devices", 1)
-        cpu.keep_freed_memory(devices)
+        by_jax = int(getattr(jax.config, "jax_num_cpu_devices", 1))
+        cpu.keep_freed_memory(runtime.num_devices or by_jax)
     if runtime.num_devices:
         try:
             jax.config.update("jax_num_cpu_devices", runtime.num_devices)
