@@ -38,8 +38,9 @@ class Training:
         self.model: Any = torch.compile(model) if compiled else model
         optimizer = config.optimizer
         self.adamw = torch_gpt.adamw(
-            model, learning_rate=optimizer.learning_rate, weight_decay=optimizer.weight_decay,
-            betas=(optimizer.beta1, optimizer.beta2), fused=True,
+            model.parameters(), learning_rate=optimizer.learning_rate,
+            weight_decay=optimizer.weight_decay, betas=(optimizer.beta1, optimizer.beta2),
+            fused=True,
         )  # fmt: skip
 
     def logits(self, tokens: torch.Tensor, **how: bool) -> torch.Tensor:

@@ -15,6 +15,8 @@ MAX_LAYERS = 100_000
 
 TokenizerKind = Literal["char", "gpt2", "sentencepiece"]
 
+OptimizerKind = Literal["adamw", "muon"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
@@ -159,10 +161,13 @@ class DataConfig(Config):
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Config):
     """AdamW, gradient clipping, and a learning rate with linear warm-up and cosine decay, all as
-    in nanoGPT."""
+    in nanoGPT; or Muon."""
 
+    kind: OptimizerKind = dataclasses.field(default="adamw", kw_only=True)
+    """adamw; or muon, which learns much faster: Muon for the matrices of the blocks, AdamW for the
+    rest. As a flag also --optimizer."""
     learning_rate: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate (of AdamW)."""
     min_lr: float = 1e-4
     """Learning rate at and after the end of the decay."""
     warmup_steps: int = 100
@@ -170,6 +175,14 @@ class OptimizerConfig(Config):
     lr_decay_steps: int | None = None
     """Step at which the cosine decay ends. None: max_steps, fixed when the run begins: a run that
     is made longer later goes on at min_lr."""
+    lr_schedule: Literal["cosine", "linear"] = dataclasses.field(default="cosine", kw_only=True)
+    """How the rate falls from its peak to min_lr."""
+    muon_learning_rate: float = dataclasses.field(default=0.02, kw_only=True)
+    """Peak rate of what Muon updates. It rises and falls as learning_rate does."""
+    muon_beta: float = dataclasses.field(default=0.95, kw_only=True)
+    """Decay of Muon's momentum, in [0, 1)."""
+    muon_iterations: int = dataclasses.field(default=5, kw_only=True)
+    """Of the orthogonalisation (Newton and Schulz's). 4 take a fifth less time."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices and embeddings (never of biases and LayerNorms)."""
     beta1: float = 0.9
@@ -180,17 +193,22 @@ class OptimizerConfig(Config):
     """Largest global norm of the gradient; 0 turns clipping off."""
 
     def problems(self) -> list[str]:
-        out = self._check_ints(0, "warmup_steps") + self._check_ints(1, "lr_decay_steps")
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+        out = self._check_ints(0, "warmup_steps")
+        out += self._check_ints(1, "lr_decay_steps", "muon_iterations")
+        for name in (
+            "learning_rate", "min_lr", "muon_learning_rate", "weight_decay", "grad_clip",
+        ):  # fmt: skip
             value = getattr(self, name)
             # Not `isfinite`, which has no answer for a whole number that no float holds.
             if not 0 <= value <= sys.float_info.max:
                 out.append(f"{name} {value} must be a finite number of at least 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_beta"):
             if not 0 <= getattr(self, name) < 1:
                 out.append(f"{name} {getattr(self, name)} is outside [0, 1)")
         if self.min_lr > self.learning_rate:
             out.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
+        if self.kind == "muon" and not self.learning_rate:
+            out.append("learning_rate 0.0 must be above 0 with muon, whose rate follows it")
         return out
 
 

@@ -1,5 +1,6 @@
-"""AdamW with nanoGPT's schedule: warm-up, cosine decay, clipping, and decay of matrices only."""
+"""AdamW or Muon, with nanoGPT's schedule, clipping, and decay of matrices only."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.config import TrainConfig
+from gptjax.layers import compute_dtype
+from gptjax.muon import scale_by_muon
 
 DECAYED = ("kernel", "wte", "wpe", "lm_head")
 UNDECAYED = ("bias", "scale")
@@ -22,8 +25,9 @@ def learning_rate(config: TrainConfig, step: jax.Array | int) -> jax.Array:
     opt, warmup = config.optimizer, config.optimizer.warmup_steps
     rising = opt.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, config.lr_decay_steps - warmup)
-    cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-    falling = opt.min_lr + cosine * (opt.learning_rate - opt.min_lr)
+    progress = jnp.clip(progress, 0, 1)
+    left = 1 - progress if opt.lr_schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    falling = opt.min_lr + left * (opt.learning_rate - opt.min_lr)
     return jnp.where(step < warmup, rising, falling)
 
 
@@ -39,14 +43,27 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def kinds(config: TrainConfig, params: Any) -> Any:
+    """For each parameter "muon" or "adamw": what updates it. Muon's are the blocks' matrices."""
+
+    def kind(path: tuple[Any, ...], _: jax.Array) -> str:
+        matrix = path[0].key == "h" and path[-1].key == "kernel"
+        return "muon" if matrix and config.optimizer.kind == "muon" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(kind, params)
+
+
 def optimizer(
-    config: TrainConfig, rate: jax.Array | float = 0.0, norm: jax.Array | None = None
+    config: TrainConfig,
+    rate: jax.Array | float = 0.0,
+    norm: jax.Array | None = None,
+    shared: Any = None,
 ) -> optax.GradientTransformation:
-    """Clip, then AdamW (arXiv:1711.05101).
+    """Clip, then AdamW (arXiv:1711.05101), or Muon for the matrices that it serves.
 
     `rate` is the learning rate of this update (`init` needs none). It is passed in, not computed
-    from a count inside: so there is one step counter, the train state's. So is the `norm`
-    of gradients of which a device has a part only.
+    from a count inside: so there is one step counter, the train state's. So are, where a device has
+    parts of the parameters, their `norm` and along which axes they are `shared`.
     """
     opt = config.optimizer
 
@@ -58,15 +75,26 @@ def optimizer(
             lambda x: jnp.where(size < opt.grad_clip, x, x / size * opt.grad_clip), grads
         )
 
+    if shared is not None:
+        of = kinds(config, shared)
+        none = optax.MaskedNode()
+        shared = jax.tree.map(lambda axis, kind: axis if kind == "muon" else none, shared, of)
+    rates, adam = {"adamw": rate}, optax.scale_by_adam(opt.beta1, opt.beta2)
+    if opt.kind == "muon":
+        rates["muon"] = opt.muon_learning_rate * rate / opt.learning_rate
+        dtype = compute_dtype(config.model)
+        orthogonal = scale_by_muon(opt.muon_beta, opt.muon_iterations, dtype, shared)
+        adam = optax.partition(
+            {"adamw": adam, "muon": orthogonal}, functools.partial(kinds, config)
+        )
     direction = optax.chain(
-        optax.stateless(clip),
-        optax.scale_by_adam(opt.beta1, opt.beta2),
-        optax.add_decayed_weights(opt.weight_decay, decay_mask),
+        optax.stateless(clip), adam, optax.add_decayed_weights(opt.weight_decay, decay_mask)
     )
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = direction.update(grads, state, params)
-        return jax.tree.map(lambda u: -rate * u, updates), state
+        of = kinds(config, updates)
+        return jax.tree.map(lambda u, kind: -rates[kind] * u, updates, of), state
 
     return optax.GradientTransformation(direction.init, update)
 

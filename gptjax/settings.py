@@ -24,7 +24,8 @@ class Config:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls)
-        names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        names = [field.name for field in fields if not field.kw_only]
         object.__setattr__(self, "given", frozenset([*names[: len(args)], *kwargs]))
         return self
 

@@ -4,6 +4,7 @@ the forward pass and again in the backward pass, and gradients come back as part
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,6 +66,19 @@ def _gather_backward(axis: int, _: Any, __: None, gradient: jax.Array) -> tuple[
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def by_layers(function: Callable[[jax.Array], jax.Array], part: jax.Array, axis: int) -> jax.Array:
+    """`function` of whole matrices [layers, m, n] -> the same shape, of which the device has a part
+    along `axis`: each device gets some of the layers."""
+    if axis == WHOLE:
+        return function(part)
+    names, layers = mapped_axes(), len(part)
+    fill = -layers % jax.lax.axis_size(names)
+    some = jnp.pad(part, ((0, fill), (0, 0), (0, 0)))
+    some = jax.lax.all_to_all(some, names, split_axis=0, concat_axis=axis, tiled=True)
+    found = function(some)
+    return jax.lax.all_to_all(found, names, split_axis=axis, concat_axis=0, tiled=True)[:layers]
 
 
 def average(gradients: Any, axes: Any, axis_name: str | tuple[str, ...]) -> Any:

@@ -118,14 +118,16 @@ def train_step(
         "grad_norm": sharding.norm(grads, shared),
         "learning_rate": optim.learning_rate(config, state.step),
     }
-    return apply_gradients(state, grads, config, metrics["grad_norm"]), metrics
+    return apply_gradients(state, grads, config, metrics["grad_norm"], shared), metrics
 
 
 def apply_gradients(
-    state: TrainState, grads: Params, config: TrainConfig, norm: jax.Array | None = None
-) -> TrainState:
-    """The optimizer's part of a step; `norm`: of gradients of which a device has a part only."""
-    optimizer = optim.optimizer(config, optim.learning_rate(config, state.step), norm)
+    state: TrainState, grads: Params, config: TrainConfig, norm: jax.Array | None = None,
+    shared: Any = None,
+) -> TrainState:  # fmt: skip
+    """The optimizer's part of a step; where a device has parts of the gradients, with their `norm`
+    and along which axes they are `shared`."""
+    optimizer = optim.optimizer(config, optim.learning_rate(config, state.step), norm, shared)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(state.step + 1, params, opt_state)

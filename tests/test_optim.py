@@ -56,6 +56,41 @@ def test_a_schedule_of_warm_up_alone_stays_finite(warmup):
     assert rates[warmup + 1 :] == pytest.approx([1e-4] * (29 - warmup))
 
 
+def test_a_linear_schedule_by_hand():
+    rates = OptimizerConfig(1e-2, min_lr=0.0, warmup_steps=4, lr_schedule="linear")
+    config = TrainConfig(optimizer=rates, max_steps=104)
+    found = [float(optim.learning_rate(config, step)) for step in (0, 3, 4, 29, 54, 104, 200)]
+    assert found == pytest.approx([2e-3, 8e-3, 1e-2, 7.5e-3, 5e-3, 0, 0], abs=1e-9)
+
+
+def test_muon_updates_the_blocks_matrices_only():
+    model_config = ModelConfig(2, 2, 8, 4, vocab_size=5, tied_head=False)
+    config = TrainConfig(model_config, optimizer=OptimizerConfig(kind="muon"))
+    params = jax.eval_shape(functools.partial(model.init, model_config), jax.random.key(0))
+    kinds = jax.tree.leaves_with_path(optim.kinds(config, params))
+    assert {"/".join(key.key for key in path) for path, kind in kinds if kind == "muon"} == {
+        "h/attn/c_attn/kernel", "h/attn/c_proj/kernel", "h/mlp/c_fc/kernel", "h/mlp/c_proj/kernel",
+    }  # fmt: skip
+    state = jax.eval_shape(optim.optimizer(config).init, params)
+    # One momentum of a matrix, two moments of all else.
+    names = [path[-1].key for path, _ in jax.tree.leaves_with_path(state) if path[-1] != "count"
+             and hasattr(path[-1], "key")]  # fmt: skip
+    assert names.count("kernel") == 4 and names.count("wte") == 2
+
+
+def test_muons_rate_follows_the_schedule():
+    """Half of the peak of one is half of the peak of the other; decay by the matrix's own rate."""
+    rates = OptimizerConfig(1e-2, kind="muon", muon_learning_rate=0.3, weight_decay=0.5)
+    config = TrainConfig(ModelConfig(1, 1, 8, 4, vocab_size=5), optimizer=rates)
+    params = {"h": {"mlp": {"c_fc": {"kernel": np.ones((1, 8, 8), "f4")}}}, "wte": np.ones((5, 8))}
+    grads = jax.tree.map(np.zeros_like, params)
+    transform = optim.optimizer(config, 5e-3)
+    updates, _ = transform.update(grads, transform.init(params), params)
+    kernel = updates["h"]["mlp"]["c_fc"]["kernel"]
+    np.testing.assert_allclose(kernel, -0.15 * 0.5 * np.ones((1, 8, 8)), rtol=1e-6)
+    np.testing.assert_allclose(updates["wte"], -5e-3 * 0.5 * np.ones((5, 8)), rtol=1e-6)
+
+
 def test_weight_decay_falls_on_exactly_these_parameters():
     config = ModelConfig(2, 2, 8, 4, vocab_size=5, tied_head=False)
     params = jax.eval_shape(functools.partial(model.init, config), jax.random.key(0))

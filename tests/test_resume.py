@@ -20,6 +20,7 @@ from gptjax.data import token_files
 from gptjax.data.batches import windows_over
 from gptjax.devices import setup
 from gptjax.errors import UserError
+from gptjax.interop import convert
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,27 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, train_tiny, copy):
     assert_same_run(copy, tiny.run_dir, 12)
     times = [row["seconds"] for row in metrics.read(copy / "metrics.jsonl")]
     assert times == sorted(times)
+
+
+def test_a_resumed_run_of_muon_equals_the_uninterrupted_one(tiny, train_tiny, tmp_path):
+    """Its state has other arrays. Also where devices share them out, and in an export."""
+    rates = dataclasses.replace(tiny.config.optimizer, kind="muon")
+    config = dataclasses.replace(tiny.config, optimizer=rates, max_steps=6)
+    config = config.replace({"model.gelu": "erf"})  # nanoGPT's
+    for name, recorder in (("whole", None), ("stopped", Recorder(stop_after=2))):
+        train_tiny(config, tmp_path / name, recorder, strategy="fsdp")
+    shutil.copytree(tmp_path / "stopped", tmp_path / "elsewhere")
+    train_tiny(config, tmp_path / "stopped", strategy="fsdp")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole", 6)
+    train_tiny(config, tmp_path / "elsewhere")
+    gap = largest_gap(tmp_path / "elsewhere", tmp_path / "whole")
+    assert gap < 1e-4
+    with pytest.raises(UserError, match=r"optimizer\.kind: 'muon' in the run, 'adamw' now"):
+        train_tiny(config.replace({"optimizer.kind": "adamw"}), tmp_path / "elsewhere")
+    said = convert.export_model(tmp_path / "whole", tmp_path / "nanogpt", "nanogpt")
+    assert "note: without the state of muon" in said
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
+    assert "optimizer" not in torch.load(tmp_path / "nanogpt" / "ckpt.pt")
 
 
 def test_the_best_loss_so_far_counts_after_a_resume(tiny, train_tiny, copy):

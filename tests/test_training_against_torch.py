@@ -15,6 +15,7 @@ from gptjax.interop import parameter_names
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 from gptjax.parity import torch_gpt  # noqa: E402
+from gptjax.parity.reference import Reference  # noqa: E402
 
 MIXED = dataclasses.replace(
     SMALL, attention_pattern=("dense", "banded"), attention_window=5, gelu="erf", tied_head=False,
@@ -55,7 +56,9 @@ def test_ten_steps_follow_torchs_loss():
     state = train_step.TrainState(np.int32(0), params, optim.optimizer(CONFIG).init(params))
     step = jax.jit(functools.partial(train_step.train_step, config=CONFIG))
     theirs = in_torch(params, SMALL)
-    adamw = torch_gpt.adamw(theirs, learning_rate=0.0, betas=(0.9, 0.99), weight_decay=0.1)
+    adamw = torch_gpt.adamw(
+        theirs.parameters(), learning_rate=0.0, betas=(0.9, 0.99), weight_decay=0.1
+    )
     found, expected = [], []
     for i in range(10):
         windows = batch_at(TOKENS, CONFIG.seed, i, batch_size=16, block_size=12)
@@ -74,3 +77,34 @@ def test_ten_steps_follow_torchs_loss():
     norms = [norm for _, norm in expected]
     assert min(norms) < CONFIG.optimizer.grad_clip < max(norms)  # some are clipped, some are not
     assert found[-1][0] < found[0][0] - 0.1  # and it learns
+
+
+@pytest.mark.parametrize("layout", ["out_in", pytest.param("in_out", marks=pytest.mark.slow)])
+def test_thirty_steps_of_muon_are_torchs(layout):
+    """Every parameter, by torch.optim.Muon; its orthogonalisation in float32, for it rounds."""
+    rates = dataclasses.replace(
+        CONFIG.optimizer, kind="muon", lr_schedule="linear", muon_learning_rate=0.03,
+        muon_beta=0.9, muon_iterations=4,
+    )  # fmt: skip
+    config = dataclasses.replace(CONFIG, optimizer=rates, max_steps=30)
+    start = random_params(SMALL, scale=0.3)
+    state = train_step.TrainState(np.int32(0), start, optim.optimizer(config).init(start))
+    step = jax.jit(functools.partial(train_step.train_step, config=config))
+    theirs = Reference(start, SMALL, {"out_in": "nanogpt-style", "in_out": "hf"}[layout], "float32")
+    update, found, expected = theirs.optimizer(config), [], []
+    for i in range(30):
+        windows = batch_at(TOKENS, config.seed, i, batch_size=16, block_size=12)
+        with jax.default_matmul_precision("highest"):
+            state, metrics = step(state, train_step.whole_batch(windows[None]))
+        found.append(float(metrics["train_loss"]))
+        expected.append(theirs.backward(windows))
+        update(i)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert found[-1] < found[0] - 0.2
+    ours = parameter_names.to_torch(state.params, SMALL, layout, padding=False)
+    before = parameter_names.to_torch(start, SMALL, layout, padding=False)
+    for name, value in theirs.values().items():
+        if name.endswith("c_attn.bias"):
+            continue  # that of keys has no gradient but rounding, which AdamW makes large
+        moved = np.linalg.norm(value - before[name])
+        assert np.linalg.norm(ours[name] - value) < 5e-3 * moved, name

@@ -6,6 +6,7 @@ from typing import Literal
 
 from gptjax import config_io, files
 from gptjax.commands import flags, terminal
+from gptjax.config import OptimizerKind
 from gptjax.runtime_config import DeviceKind
 from gptjax.settings import Config
 
@@ -17,8 +18,8 @@ class CompareFlags(Config):
     its tolerance. Needs PyTorch, and transformers for --against hf.
 
     The relative error is the Euclidean norm of the difference over that of PyTorch's values, or the
-    largest difference over the largest value, whichever is larger; after AdamW's steps, over how
-    far PyTorch's parameters moved.
+    largest difference over the largest value, whichever is larger; after the optimizer's steps,
+    over how far PyTorch's parameters moved.
     """
 
     against: Literal["hf", "nanogpt-style"] = "hf"
@@ -35,6 +36,8 @@ class CompareFlags(Config):
     they are still there, else random ones."""
     learning_rate: float = 1e-4
     """Peak rate of the training steps, after 10 steps of warm-up; it decays to a tenth."""
+    optimizer: OptimizerKind = "adamw"
+    """What the training steps update with; muon is beside torch.optim.Muon (in float32)."""
     greedy_tokens: int = 200
     """Tokens to continue a prompt by, always taking the likeliest."""
     precision: Literal["float32", "bfloat16"] = "float32"

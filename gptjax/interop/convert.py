@@ -174,16 +174,22 @@ def export_model(
     """Write a run's checkpoint as `write_pretrained` does; a text that says what was written.
     UserError: there is no such run or checkpoint; both errors also as `write_pretrained`."""
     loaded = run_metadata.load_checkpoint(run_dir, checkpoint, optimizer=format == "nanogpt")
-    of = loaded.metadata
+    of, opt_state, notes = loaded.metadata, loaded.opt_state, list[str]()
+    if opt_state is not None and of.config.optimizer.kind != "adamw":
+        opt_state = None  # nanoGPT's train.py knows AdamW only
+        notes.append(
+            f"note: without the state of {of.config.optimizer.kind}, which nanoGPT does not know:"
+            " sample.py reads it, train.py cannot resume it"
+        )
     weights = Weights(
-        of.config, loaded.params, of.runtime, loaded.step, loaded.opt_state, of.best_val_loss
+        of.config, loaded.params, of.runtime, loaded.step, opt_state, of.best_val_loss
     )
     tokenizer = tokenizers.from_json(of.tokenizer, str(run_dir))
     write_pretrained(weights, tokenizer, folder, format, keep_padding=keep_padding)
-    said = f"wrote {folder} ({format})"
-    if not (folder / "meta.pkl").exists():
-        return said
-    return (
-        f"{said}\nits ckpt.pt names this folder, where nanoGPT finds meta.pkl: if you move it, copy"
-        " meta.pkl to the data folder that nanoGPT looks in"
-    )
+    said = [*notes, f"wrote {folder} ({format})"]
+    if (folder / "meta.pkl").exists():
+        said.append(
+            "its ckpt.pt names this folder, where nanoGPT finds meta.pkl: if you move it, copy"
+            " meta.pkl to the data folder that nanoGPT looks in"
+        )
+    return "\n".join(said)

@@ -20,7 +20,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from gptjax import files, head, model, optim, run, sampling, train_step
-from gptjax.config import ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.config import ModelConfig, OptimizerConfig, OptimizerKind, TrainConfig
 from gptjax.data import token_files
 from gptjax.data.batches import Tokens, batch_at
 from gptjax.data.tokenizers import Tokenizer
@@ -46,8 +46,10 @@ TOLERANCES: dict[Precision, dict[str, float]] = {
 """The largest difference that passes: relative errors, but of losses (`loss` and, in training,
 `trajectory`) nats, and `greedy` the share of tokens that may differ."""
 
+LABELS = {"adamw": "AdamW", "muon": "Muon"}
+
 OPTIMIZER_STEPS = 5
-"""AdamW's steps from the same gradients: the first shows neither its betas nor the schedule."""
+"""Updates from the same gradients: the first shows neither betas nor the schedule."""
 
 
 class Row(NamedTuple):
@@ -141,8 +143,9 @@ class Comparison:
     def run(self, progress: Callable[[str], None] = lambda _: None) -> list[Row]:
         """All rows, in the order of computation."""
         parts = {
-            "activations": self.activations, "gradients": self.gradients, "AdamW": self.optimizer,
-            "greedy tokens": self.greedy, "training": lambda: self.training(progress),
+            "activations": self.activations, "gradients": self.gradients,
+            "optimizer": self.optimizer, "greedy tokens": self.greedy,
+            "training": lambda: self.training(progress),
         }  # fmt: skip
         rows: list[Row] = []
         with jax.default_matmul_precision("highest"):
@@ -175,13 +178,14 @@ class Comparison:
         return rows
 
     def optimizer(self) -> list[Row]:
-        """The parameters after one AdamW step, and after a few, both from PyTorch's gradients: what
+        """The parameters after one update, and after a few, both from PyTorch's gradients: what
         rounding does to a gradient is judged elsewhere, and AdamW divides it by its own size.
 
         Relative to how far they moved, because an error of the optimizer is small beside the
         parameters themselves.
         """
         reference, steps, limit = self.reference, OPTIMIZER_STEPS, self.limits["update"]
+        label = LABELS[self.config.optimizer.kind]
         # PyTorch has no padded rows.
         network = dataclasses.replace(self.config.model, vocab_multiple=1)
         rates = dataclasses.replace(
@@ -207,10 +211,10 @@ class Comparison:
                 for name, start in before.items()
             ]
             if step == 0:
-                rows = [row._replace(name=f"AdamW step {row.name}") for row in moved]
+                rows = [row._replace(name=f"{label} step {row.name}") for row in moved]
         worst = max(moved, key=lambda row: (not row.passed, row.relative))  # NaN is no maximum
         reference.restore(before)
-        return [*rows, worst._replace(name=f"{steps} AdamW steps (most {worst.name})")]
+        return [*rows, worst._replace(name=f"{steps} {label} steps (most {worst.name})")]
 
     def greedy(self) -> list[Row]:
         """A prompt's likeliest continuation."""
@@ -260,7 +264,7 @@ def table(rows: list[Row], *, every: bool = False) -> list[str]:
     shown: dict[str, Row] = {}
     for row in rows:
         kind = label = row.name
-        layer = re.match(r"(gradient|AdamW step) h\.(\d+)\.(.+)", row.name)
+        layer = re.match(r"(gradient|AdamW step|Muon step) h\.(\d+)\.(.+)", row.name)
         if layer and not every:
             kind = f"{layer[1]} h.*.{layer[3]}"
             label = f"{kind} ({layer[2]})"
@@ -295,7 +299,7 @@ def open_comparison(
     run_dir: Path, *, against: Against = "hf", steps: int = 100, batch_size: int = 2,
     sequence_length: int | None = None, text: str | None = None, learning_rate: float = 1e-4,
     greedy_tokens: int = 200, precision: Precision = "float32", checkpoint: str = "best",
-    seed: int = 1337,
+    seed: int = 1337, optimizer: OptimizerKind = "adamw",
 ) -> Comparison:  # fmt: skip
     """A run's model beside PyTorch's. The arguments are the flags of `gptjax compare`. UserError:
     there is no such run or text, Hugging Face's GPT-2 cannot express the model, or the sequence
@@ -308,7 +312,10 @@ def open_comparison(
     tokens, where = _read_tokens(text, loaded.experiment.data.dir, loaded.tokenizer, seed)
     if len(tokens) <= length:
         raise UserError(f"{where} has {len(tokens)} tokens; expected more than {length}")
-    rates = OptimizerConfig(learning_rate, learning_rate / 10, warmup_steps=10, beta2=0.95)
+    rates = OptimizerConfig(
+        learning_rate, learning_rate / 10, warmup_steps=10, beta2=0.95, kind=optimizer,
+        muon_learning_rate=learning_rate,
+    )  # fmt: skip
     computed = network.replace(block_size=length)
     compute, _ = setup.resolve_compute(computed, RuntimeConfig(), train=True)
     return Comparison(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -74,19 +75,34 @@ class Reference:
         return {name: p.grad.numpy().copy() for name, p in self.parameters().items()}
 
     def optimizer(self, config: TrainConfig) -> Callable[[int], None]:
-        """A fresh AdamW: step -> update by the gradients of the last backward pass."""
-        rates = config.optimizer
-        adamw = torch_gpt.adamw(
-            self.model, learning_rate=0.0, betas=(rates.beta1, rates.beta2),
-            weight_decay=rates.weight_decay,
-        )  # fmt: skip
+        """A fresh one: step -> update by the gradients of the last backward pass."""
+        rates, parameters = config.optimizer, self.parameters()
+        common: Any = {
+            "betas": (rates.beta1, rates.beta2), "weight_decay": rates.weight_decay,
+        }  # fmt: skip
+        adamw = torch_gpt.adamw(parameters.values(), learning_rate=0.0, **common)
+        muon = None
+        if rates.kind == "muon":
+            muon = torch_gpt.Muon(
+                self.model, learning_rate=0.0, adamw_learning_rate=0.0, beta=rates.muon_beta,
+                iterations=rates.muon_iterations, in_out=self.layout == "in_out", **common,
+            )  # fmt: skip
+            adamw = muon.adamw
 
         def update(step: int) -> None:
             for group in adamw.param_groups:
                 group["lr"] = learning_rate(config, step)
             if rates.grad_clip:
-                clip([*self.parameters().values()], rates.grad_clip)
-            adamw.step()
+                clip([*parameters.values()], rates.grad_clip)
+            if muon is None:
+                adamw.step()
+                return
+            share = learning_rate(config, step) / rates.learning_rate
+            for group in muon.muon.param_groups:
+                group["lr"] = share * rates.muon_learning_rate
+            # It rounds to bfloat16 whatever it is given, which would hide the errors looked for.
+            with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+                muon.step()
 
         return update
 
@@ -149,4 +165,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, config.lr_decay_steps - warmup))
-    return least + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - least)
+    linear = config.optimizer.lr_schedule == "linear"
+    left = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return least + left * (peak - least)

@@ -8,7 +8,9 @@ Letters in shape comments: B batch, T tokens, C n_embd, H heads, D head size, V 
 """
 
 import collections
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -140,12 +142,53 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+class Muon:
+    """torch.optim.Muon for the blocks' matrices, those of queries, keys and values apart, and
+    `adamw` for the rest."""
+
+    def __init__(
+        self, model: nn.Module, *, learning_rate: float, adamw_learning_rate: float,
+        betas: tuple[float, float], weight_decay: float, beta: float = 0.95, iterations: int = 5,
+        in_out: bool = False, fused: bool | None = None,
+    ):  # fmt: skip
+        """`in_out`: weights are [in, out], as Hugging Face's."""
+        self._in_out = in_out
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._matrices = [(name, p) for name, p in trained.items() if ".h." in name and p.ndim == 2]
+        # Views: what the optimizer does to them is done to the model.
+        self._views = [
+            nn.Parameter(view) for name, p in self._matrices for view in self._split(name, p.data)
+        ]
+        self.muon = torch.optim.Muon(
+            self._views, lr=learning_rate, weight_decay=weight_decay, momentum=beta,
+            ns_steps=iterations,
+        )  # fmt: skip
+        served = {name for name, _ in self._matrices}
+        others = [p for name, p in trained.items() if name not in served]
+        self.adamw = adamw(
+            others, learning_rate=adamw_learning_rate, betas=betas, weight_decay=weight_decay,
+            fused=fused,
+        )  # fmt: skip
+
+    def _split(self, name: str, x: Tensor) -> tuple[Tensor, ...]:
+        """A weight or its gradient as matrices [out, in]."""
+        matrix = x.T if self._in_out else x
+        return matrix.chunk(3) if name.endswith("c_attn.weight") else (matrix,)
+
+    def step(self) -> None:
+        gradients = (self._split(name, p.grad) for name, p in self._matrices if p.grad is not None)
+        for view, gradient in zip(self._views, itertools.chain(*gradients), strict=True):
+            view.grad = gradient
+        self.muon.step()
+        self.adamw.step()
+
+
 def adamw(
-    model: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float,
-    fused: bool | None = None,
+    parameters: Iterable[nn.Parameter], *, learning_rate: float, betas: tuple[float, float],
+    weight_decay: float, fused: bool | None = None,
 ) -> torch.optim.AdamW:  # fmt: skip
     """With nanoGPT's two groups: tensors of two and more axes decay, the others do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},

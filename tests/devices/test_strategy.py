@@ -148,6 +148,17 @@ UNEVEN = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("width", [32, pytest.param(36, marks=pytest.mark.slow)])
+def test_fsdp_orthogonalises_whole_matrices(width):
+    """Muon's, of which a device has parts: three layers among eight devices; and where the width
+    does not divide, so that some matrices are parts along another axis, or whole."""
+    model = dataclasses.replace(MODEL, n_layer=3, n_embd=width)
+    rates = OptimizerConfig(1e-2, warmup_steps=2, kind="muon", muon_learning_rate=0.1)
+    config = dataclasses.replace(CONFIG, model=model, optimizer=rates)
+    start = jax.jit(lambda: train_step.init_state(config))()
+    assert_same_training(train("fsdp", start, config), train_alone(start, config))
+
+
 @pytest.mark.parametrize(
     ("change", "compute"),
     [

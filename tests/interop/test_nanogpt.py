@@ -58,7 +58,7 @@ class Nano:
                 parameter.normal_(1.0 if "ln_" in name and "weight" in name else 0.0, 0.2)
         self.decay_lr = decay_lr
         self.adamw = torch_gpt.adamw(
-            self.net, learning_rate=1e-2, betas=(0.8, 0.9), weight_decay=0.2
+            self.net.parameters(), learning_rate=1e-2, betas=(0.8, 0.9), weight_decay=0.2
         )
         self.iter_num = 0
 
@@ -311,7 +311,9 @@ def test_torch_loads_an_export_strictly_and_trains_on(tmp_path):
     assert_close(logits(model, weights.params, TOKENS), their_logits(theirs))
 
     # nanoGPT's train.py restores the optimizer so, and goes on.
-    adamw = torch_gpt.adamw(theirs, learning_rate=1.0, betas=(0.1, 0.1), weight_decay=0.9)
+    adamw = torch_gpt.adamw(
+        theirs.parameters(), learning_rate=1.0, betas=(0.1, 0.1), weight_decay=0.9
+    )
     adamw.load_state_dict(saved["optimizer"])
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.3, 0.0]
     assert adamw.param_groups[0]["betas"] == (0.9, 0.9)

@@ -152,13 +152,23 @@ def test_a_wrong_gradient_is_found_in_the_layer_it_comes_from():
 )
 def test_another_optimizer_is_found(monkeypatch, precision, settings, where):
     plain = torch_gpt.adamw
-    monkeypatch.setattr(torch_gpt, "adamw", lambda m, **given: plain(m, **given | settings))
+    monkeypatch.setattr(torch_gpt, "adamw", lambda p, **given: plain(p, **given | settings))
     rows = opened("gpt2", precision=precision).optimizer()
     failed = [row.name for row in rows if not row.passed]
     assert failed[0].startswith(where)
     decayed = [name for name in failed if name.startswith("AdamW step ")]
     # Both embeddings and four kernels a block.
     assert len(decayed) == (2 + 4 * GPT2.n_layer if "weight_decay" in settings else 0)
+
+
+@pytest.mark.parametrize("against", ["nanogpt-style", "hf"])
+def test_muons_steps_agree(against):
+    comparison = opened("gpt2", against)
+    config = comparison.config.replace({"optimizer.kind": "muon", "optimizer.muon_iterations": 4})
+    rows = dataclasses.replace(comparison, config=config).optimizer()
+    out = "\n".join(compare.table(rows))
+    assert "agree" in compare.verdict(rows), out
+    assert "Muon step h.*.attn.c_attn.weight" in out and "5 Muon steps" in out
 
 
 def test_another_schedule_is_found_in_the_first_step(monkeypatch):
