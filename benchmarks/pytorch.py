@@ -36,12 +36,19 @@ class Training:
         model = torch_gpt.TorchGPT(padded, fused=True).to(self.device)
         torch_gpt.initialise(model)
         self.model: Any = torch.compile(model) if compiled else model
-        optimizer = config.optimizer
-        self.adamw = torch_gpt.adamw(
-            model.parameters(), learning_rate=optimizer.learning_rate,
-            weight_decay=optimizer.weight_decay, betas=(optimizer.beta1, optimizer.beta2),
-            fused=True,
-        )  # fmt: skip
+        rates = config.optimizer
+        common: Any = {
+            "betas": (rates.beta1, rates.beta2), "weight_decay": rates.weight_decay, "fused": True,
+        }  # fmt: skip
+        if rates.kind == "muon":
+            self.optimizer: Any = torch_gpt.Muon(
+                model, learning_rate=rates.muon_learning_rate, beta=rates.muon_beta,
+                adamw_learning_rate=rates.learning_rate, iterations=rates.muon_iterations, **common,
+            )  # fmt: skip
+        else:
+            self.optimizer = torch_gpt.adamw(
+                model.parameters(), learning_rate=rates.learning_rate, **common
+            )
 
     def logits(self, tokens: torch.Tensor, **how: bool) -> torch.Tensor:
         """In bfloat16 where our side computes in it."""
@@ -69,8 +76,8 @@ class Training:
             (loss / self.runtime.gradient_accumulation_steps).backward()
         if limit := self.config.optimizer.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
         return loss
 
     @torch.no_grad()
@@ -182,7 +189,7 @@ def startup(run_dir: Path) -> None:
         if step == 0:
             print(FIRST_STEP, flush=True)
     training.evaluate()
-    state = {"model": training.model.state_dict(), "optimizer": training.adamw.state_dict()}
+    state = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
     torch.save(state, run_dir / "ckpt.pt")
 
 

@@ -1,6 +1,7 @@
 """The default: a small character-level GPT on the Python standard library's own source.
 
-Needs no network and a minute or two on 2 CPU cores; ends with samples that look like code.
+Needs no network and about a minute on 2 CPU cores; ends with samples that look like code. Muon's
+rates are of a small search: half or twice of each is 0.01 to 0.04 nats worse.
 """
 
 from gptjax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
@@ -9,8 +10,18 @@ from gptjax.runtime_config import RuntimeConfig
 config = TrainConfig(
     model=ModelConfig(n_layer=4, n_head=4, n_embd=128, block_size=128, bias=False),
     data=DataConfig(source="builtin", tokenizer="char"),
-    optimizer=OptimizerConfig(learning_rate=2e-3, min_lr=2e-4),
+    optimizer=OptimizerConfig(
+        kind="muon",
+        learning_rate=8e-3,
+        min_lr=0.0,
+        warmup_steps=20,
+        lr_schedule="linear",
+        muon_learning_rate=0.03,
+        muon_iterations=4,
+        beta1=0.8,
+        beta2=0.95,
+    ),
     batch_size=16,
-    max_steps=1000,
+    max_steps=700,
 )
-runtime = RuntimeConfig(eval_interval=250, log_interval=20)
+runtime = RuntimeConfig(eval_interval=175, log_interval=20)

@@ -226,7 +226,9 @@ def _resume(
         )
     targets = strategy.targets(jax.eval_shape(lambda: train_step.init_state(config)))
     wanted: dict[str, Any] = {"params": targets.params}
-    if "opt_state" in checkpoints.array_names(step):
+    before, kind = saved.config.optimizer.kind, config.optimizer.kind
+    there = "opt_state" in checkpoints.array_names(step)
+    if there and before == kind:
         wanted["opt_state"] = targets.opt_state
     loaded = checkpoints.restore(step, **wanted)
     state = _state(step, loaded["params"], loaded.get("opt_state"), config, strategy)
@@ -235,12 +237,14 @@ def _resume(
     if config.init_from:
         origin += f", first from {config.init_from}"
     windows, there_are = eval_windows(config, runtime, dataset)
-    before, best = min(there_are, saved.eval_windows or there_are), saved.best_val_loss
+    measured, best = min(there_are, saved.eval_windows or there_are), saved.best_val_loss
     notes = _notes(saved, config, runtime)
-    if best is not None and windows != before:
+    if there and before != kind:  # so the weights are imported
+        notes.append(f"note: {kind} begins anew; the imported state is that of {before}")
+    if best is not None and windows != measured:
         best = None
         notes.append(
-            f"note: evaluations are over {windows} validation windows now, over {before} before;"
+            f"note: evaluations are over {windows} validation windows now, over {measured} before;"
             " their losses do not compare, so the best is chosen anew"
         )
     return state, Start(step, origin, windows, best, saved.unfinished, notes)

@@ -282,7 +282,8 @@ def test_a_given_setting_is_kept_though_it_equals_a_default(given, words):
         resume.adopt(ModelConfig(**given), ARCHITECTURE)
 
 
-def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete):
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete, kind):
     """Their settings are defaults that nobody has chosen: max_steps 2000, say."""
     with Checkpoints(complete) as checkpoints:
         step = checkpoints.latest_step
@@ -290,9 +291,11 @@ def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete):
         longer = dataclasses.replace(saved.config, max_steps=2000, optimizer=OptimizerConfig())
         imported = dataclasses.replace(saved, config=longer, data_fingerprint=None)
         checkpoints.update_metadata(step, imported.to_dict(), writes=True)
-    trainer = train_tiny(tiny.config.replace({"max_steps": 14}), complete).trainer
+    config = tiny.config.replace({"max_steps": 14, "optimizer.kind": kind})
+    trainer = train_tiny(config, complete).trainer
     assert trainer.config.lr_decay_steps == 14 and trainer.start.origin.startswith("imported")
-    assert trainer.start.notes == []
+    notes = ["note: muon begins anew; the imported state is that of adamw"]
+    assert trainer.start.notes == (notes if kind == "muon" else [])
 
 
 def test_a_given_tokenizer_must_be_the_weights(tiny):

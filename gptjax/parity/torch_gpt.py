@@ -182,6 +182,9 @@ class Muon:
         self.muon.step()
         self.adamw.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
 
 def adamw(
     parameters: Iterable[nn.Parameter], *, learning_rate: float, betas: tuple[float, float],
