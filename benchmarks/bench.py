@@ -1,6 +1,6 @@
 """Measure gptjax's speed and memory beside PyTorch's.
 
-    python benchmarks/bench.py train|generate|startup|scaling [flags]      (or: gptjax bench ...)
+    python benchmarks/bench.py train|generate|startup|scaling|all [flags]  (or: gptjax bench ...)
 
 Each side works in a process of its own (`ours`, `pytorch`), and the sides take turns, so that a
 machine that is slow for a while is slow for all of them: what counts is the ratio, round by round.
@@ -61,7 +61,7 @@ class BenchFlags(Config):
     attention and AdamW, eager and under torch.compile. generate: of sampling, beside nanoGPT's
     loop, which has no cache, or Hugging Face's generate, which has one. startup: a whole process to
     its first training step. scaling: training over the number of devices (of a CPU: that it is
-    split into).
+    split into). all: every config that fits, and many shapes (see `all --help`).
 
     Every flag of train_jax.py changes the config's setting for both sides: --batch-size,
     --block-size, --dtype, --device ... (PyTorch's bfloat16 is its autocast.)
@@ -519,6 +519,11 @@ def run(options: BenchFlags, jobs: list[Job], folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str], prog: str = PROG) -> None:
     """Raises UserError, RunError."""
+    if argv[:1] == ["all"]:
+        from benchmarks import sweep  # which uses this module
+
+        sweep.main(argv[1:], f"{prog} all")
+        return
     options, jobs = settings(argv, prog)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or "," in hosts:

@@ -87,6 +87,12 @@ def attend(
     Returns:
         [B, H, T, D].
     """
+    b = q.shape[0]
+    if q.shape[2] == 1:
+        # Batch and heads as one axis, for XLA's CPU compiler: with two it moves the product into
+        # the loop that reads the cache, and copies every cache for it (8 samples: 3.6 ms a token
+        # instead of 0.7). With more queries two are faster, by a tenth of a training step.
+        q, k, v = (x.reshape(1, -1, *x.shape[2:]) for x in (q, k, v))
     group = k.shape[-1] // q.shape[-1]
     queries = head_rows.widen(q, group)
     scores = jnp.einsum("bhtd,bhsd->bhts", queries, k, preferred_element_type=jnp.float32)
@@ -96,4 +102,6 @@ def attend(
     if window is not None:
         visible &= distance < window
     weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
-    return head_rows.narrow(jnp.einsum("bhts,bhsd->bhtd", dropout(weights), v), group)
+    weights = dropout(weights.reshape(b, -1, *weights.shape[2:])).reshape(weights.shape)
+    y = head_rows.narrow(jnp.einsum("bhts,bhsd->bhtd", weights, v), group)
+    return y.reshape(b, -1, *y.shape[2:])

@@ -70,6 +70,8 @@ def dropout_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 def gumbel(keys: jax.Array, size: int) -> jax.Array:
     """float32 [..., size] numbers of the standard Gumbel distribution, all of them finite, for
     uint32 keys [..., 2]."""
-    # 23 bits, in the middle of their steps: neither 0 nor, after rounding, 1.
-    uniform = (random_bits(keys, size) >> 9) * jnp.float32(2**-23) + jnp.float32(2**-24)
-    return -jnp.log(-jnp.log(uniform))
+    # In the middle of 2^32 steps, and less than 1 after rounding too. Large noise, by which rare
+    # tokens are drawn, comes from numbers near 0, where float32 has the digits for all of the bits.
+    steps = random_bits(keys, size).astype(jnp.float32) + 0.5
+    uniform = jnp.minimum(steps * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))

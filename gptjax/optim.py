@@ -19,7 +19,7 @@ def learning_rate(config: TrainConfig, step: jax.Array | int) -> jax.Array:
     """float32 []: the rate of the update that follows `step` updates.
 
     Linear warm-up that does not waste step 0, then half a cosine down to `min_lr`: nanoGPT's
-    formula (after Loshchilov & Hutter, arXiv:1608.03983).
+    formula (after Loshchilov & Hutter, arXiv:1608.03983); or a straight line down to it.
     """
     step = jnp.asarray(step, jnp.float32)
     opt, warmup = config.optimizer, config.optimizer.warmup_steps
@@ -75,20 +75,19 @@ def optimizer(
             lambda x: jnp.where(size < opt.grad_clip, x, x / size * opt.grad_clip), grads
         )
 
-    if shared is not None:
-        of = kinds(config, shared)
-        none = optax.MaskedNode()
-        shared = jax.tree.map(lambda axis, kind: axis if kind == "muon" else none, shared, of)
-    rates, adam = {"adamw": rate}, optax.scale_by_adam(opt.beta1, opt.beta2)
+    rates, scaled = {"adamw": rate}, optax.scale_by_adam(opt.beta1, opt.beta2)
     if opt.kind == "muon":
         rates["muon"] = opt.muon_learning_rate * rate / opt.learning_rate
+        if shared is not None:
+            of, none = kinds(config, shared), optax.MaskedNode()
+            shared = jax.tree.map(lambda axis, kind: axis if kind == "muon" else none, shared, of)
         dtype = compute_dtype(config.model)
         orthogonal = scale_by_muon(opt.muon_beta, opt.muon_iterations, dtype, shared)
-        adam = optax.partition(
-            {"adamw": adam, "muon": orthogonal}, functools.partial(kinds, config)
+        scaled = optax.partition(
+            {"adamw": scaled, "muon": orthogonal}, functools.partial(kinds, config)
         )
     direction = optax.chain(
-        optax.stateless(clip), adam, optax.add_decayed_weights(opt.weight_decay, decay_mask)
+        optax.stateless(clip), scaled, optax.add_decayed_weights(opt.weight_decay, decay_mask)
     )
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -275,6 +275,11 @@ def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfi
     if extended and config.optimizer.warmup_steps <= decay < config.max_steps:
         out.append(f"note: the learning rate's decay ended at step {decay}; the steps after it run"
                    f" at min_lr {config.optimizer.min_lr:g}")  # fmt: skip
+        if not config.optimizer.min_lr:
+            raise UserError(
+                f"the learning rate is 0 after step {decay} (min_lr), where more steps change"
+                " nothing; start another run from these weights by --init-from"
+            )
     return out
 
 

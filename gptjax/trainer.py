@@ -36,8 +36,10 @@ Row = dict[str, Any]
 `tokens_per_second` and `seconds` (of training in this process, without evaluating and saving)."""
 
 
-SLOWER = "lower --learning-rate or raise --warmup-steps, in another --run-dir"
-"""What helps against numbers that are no longer finite."""
+def slower(config: TrainConfig) -> str:
+    """What helps against numbers that are no longer finite."""
+    rates = "--learning-rate" if config.optimizer.kind == "adamw" else "--muon-learning-rate"
+    return f"lower {rates} or raise --warmup-steps, in another --run-dir"
 
 
 class Callback:
@@ -165,7 +167,8 @@ class Trainer:
             name = nonfinite.leaf(params)
             why = f": the last update made {name} so" if name else ""
             raise RunError(
-                f"the validation loss became {nats}{why}; {self.checkpoints.last_saved()}; {SLOWER}"
+                f"the validation loss became {nats}{why}; {self.checkpoints.last_saved()};"
+                f" {slower(self.config)}"
             )
         return nats / count
 
@@ -297,7 +300,7 @@ class Trainer:
                 more = "" if why else "; --debug-nans names the operation that did it"
                 raise RunError(
                     f"{name} became {row[name]} at step {step}{why};"
-                    f" {self.checkpoints.last_saved()}; {SLOWER}{more}"
+                    f" {self.checkpoints.last_saved()}; {slower(self.config)}{more}"
                 )
         return row, row.pop("stop")
 

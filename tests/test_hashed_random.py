@@ -98,13 +98,47 @@ def test_gumbel_noise_has_its_distribution(each_kind):
     assert abs(np.corrcoef(noise)[0, 1]) < 0.02
 
 
-def test_gumbel_noise_is_finite_for_every_bit_pattern(monkeypatch):
-    extremes = jnp.array([0, 511, 512, 2**32 - 512, 2**32 - 1], jnp.uint32)
-    monkeypatch.setattr(hashed_random, "random_bits", lambda keys, size: extremes)
-    first, last = 2.0**-24, 1 - 2.0**-24
-    uniform = np.array([first, first, 3 * first, last, last])
-    noise = np.asarray(hashed_random.gumbel(keys(1), 5), "f8")
-    np.testing.assert_allclose(noise, -np.log(-np.log(uniform)), rtol=1e-5)
+def test_gumbel_noise_is_exact_up_to_its_largest(monkeypatch):
+    """All 32 bits count where noise is large, as a rare token needs it; the rest is finite."""
+    bits = np.array([0, 1, 2, 3, 10, 1000, 2**20 + 1, 2**31, 2**32 - 2**17, 2**32 - 1], "u4")
+    monkeypatch.setattr(hashed_random, "random_bits", lambda keys, size: jnp.asarray(bits))
+    noise = np.asarray(hashed_random.gumbel(keys(1), len(bits)), "f8")
+    uniform = np.minimum((bits + 0.5) / 2**32, 1 - 2.0**-24)
+    np.testing.assert_allclose(noise, -np.log(-np.log1p(-uniform)), rtol=2e-6)
+
+
+def test_rare_tokens_win_as_often_as_they_should(monkeypatch):
+    """P(noise > log(1 / p) + another's noise) is p / (1 + p), here by the noise of the smallest of
+    2^32 numbers, which decide it, and the other's whole distribution."""
+    bits = np.arange(1 << 16, dtype="u4")
+    monkeypatch.setattr(hashed_random, "random_bits", lambda keys, size: jnp.asarray(bits))
+    large = np.asarray(hashed_random.gumbel(keys(1), len(bits)), "f8")[::-1]
+    other = scipy.stats.gumbel_r.ppf((np.arange(100_000) + 0.5) / 100_000)
+    for p in (1e-7, 1e-8, 1e-9):
+        needed = other - np.log(p)
+        wins = len(bits) - np.searchsorted(large, needed)
+        rest = needed < large[0]  # which numbers beyond these decide
+        share = np.where(rest, -np.expm1(-np.exp(-needed)), wins / 2**32).mean()
+        assert share == pytest.approx(p / (1 + p), rel=0.03), p
+
+
+@pytest.mark.slow
+def test_fifty_thousand_tokens_are_drawn_by_their_probabilities():
+    """Chi-square, with 50,000 tokens of which each is drawn once in fifty million times."""
+    probabilities = np.concatenate([[0.5, 0.3], np.full(255, 2e-4 / 51), np.full(50_000, 2e-8)])
+    probabilities[0] += 1 - probabilities.sum()
+    logits = jnp.log(jnp.asarray(probabilities, jnp.float32))
+
+    @jax.jit
+    def draw(seed):
+        chosen = (hashed_random.gumbel(keys(256, seed), len(logits)) + logits).argmax(-1)
+        return jnp.array([(chosen == 0).sum(), (chosen == 1).sum(), (chosen >= 257).sum()])
+
+    counts = sum(np.asarray(draw(seed)) for seed in range(200))
+    total = 200 * 256
+    expected = total * np.array([*probabilities[:2], 50_000 * 2e-8])
+    counts, expected = (np.append(x, total - x.sum()) for x in (counts, expected))
+    assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3, (counts, expected)
 
 
 def test_the_off_switch_is_jaxs_own_whatever_its_default(monkeypatch):

@@ -56,6 +56,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, train_tiny, copy):
     assert times == sorted(times)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_muon_equals_the_uninterrupted_one(tiny, train_tiny, tmp_path):
     """Its state has other arrays. Also where devices share them out, and in an export."""
     rates = dataclasses.replace(tiny.config.optimizer, kind="muon")
@@ -305,8 +306,8 @@ def test_a_given_tokenizer_must_be_the_weights(tiny):
         resume.adopt_weights(given, "nowhere")
 
 
-FIRST_EDITION_TEXT = "MUcO : ir:"
-"""What it continued "RICHARD" with, from seed 3: to the end of its block, and one more."""
+FIRST_EDITION_TEXT = ":" + 9 * " "
+"""What it found likeliest after "RICHARD": to the end of its block, and one more."""
 
 FIRST_EDITION_LOSSES = {45: 2.9515068531036377, 50: 2.8786661624908447}
 FIRST_EDITION_VALIDATION = 2.887993183060597
@@ -341,7 +342,7 @@ def test_a_run_of_the_first_edition_opens(first_edition, tiny):
 def test_a_run_of_the_first_edition_is_sampled_from(first_edition):
     run = gptjax.load(first_edition)
     assert run.step == 40
-    found = run.generate("RICHARD", max_new_tokens=len(FIRST_EDITION_TEXT), seed=3)
+    found = run.generate("RICHARD", max_new_tokens=len(FIRST_EDITION_TEXT), temperature=0.0)
     assert found == FIRST_EDITION_TEXT
 
 

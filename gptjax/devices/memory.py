@@ -162,7 +162,8 @@ def shortage(program: Any, runtime: RuntimeConfig) -> str:
 def refuse_too_large(config: TrainConfig, runtime: RuntimeConfig) -> None:
     """Before anything is made: UserError if not even the state fits a device."""
     sharded = setup.device_count() if runtime.strategy == "fsdp" else 1
-    need = 12 * config.model.num_parameters() / sharded  # float32 parameters, and two moments
+    state = jax.tree.leaves(_shapes(config))
+    need = sum(x.size * x.dtype.itemsize for x in state) / sharded
     have, source = available(runtime.device_memory)
     if need > have:
         raise UserError(

@@ -24,8 +24,8 @@ def start(runtime: RuntimeConfig) -> None:
     CPU devices, or as `hosts.join`.
     """
     if runtime.device in ("auto", "cpu"):
-        by_jax = int(getattr(jax.config, "jax_num_cpu_devices", 1))
-        cpu.keep_freed_memory(runtime.num_devices or by_jax)
+        # Early: glibc counts its arenas when the first thread asks for one.
+        cpu.keep_freed_memory(runtime.num_devices or _cpu_devices())
     if runtime.num_devices:
         try:
             jax.config.update("jax_num_cpu_devices", runtime.num_devices)
@@ -41,14 +41,14 @@ def start(runtime: RuntimeConfig) -> None:
     # JAX sets jax_platforms itself where it finds TPUs.
     hosts.join(runtime.distributed, tpu="tpu" in (getattr(jax.config, "jax_platforms", None) or ""))
     select_platform(runtime.device)
-    if jax.default_backend() != "cpu":
-        cpu.restore_malloc_defaults()
     hosts.barrier()
 
 
 def select_platform(kind: DeviceKind) -> None:
     """Compute on this kind of device; "auto" takes the fastest kind there is. Raises UserError if
     there is no such device."""
+    if kind in ("auto", "cpu"):
+        cpu.keep_freed_memory(_cpu_devices())
     if kind == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -63,6 +63,13 @@ def select_platform(kind: DeviceKind) -> None:
             f"--device {kind}: JAX finds no {kind} here, only {jax.default_backend()};"
             f" install {package}, or use --device {jax.default_backend()}"
         )
+    if jax.default_backend() != "cpu":
+        cpu.restore_malloc_defaults()
+
+
+def _cpu_devices() -> int:
+    """Those that a CPU will be split into."""
+    return int(getattr(jax.config, "jax_num_cpu_devices", 1))
 
 
 def use_compilation_cache(folder: Path) -> None:

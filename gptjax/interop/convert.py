@@ -181,6 +181,8 @@ def export_model(
             f"note: without the state of {of.config.optimizer.kind}, which nanoGPT does not know:"
             " sample.py reads it, train.py cannot resume it"
         )
+    if opt_state is not None and of.config.optimizer.lr_schedule != "cosine":
+        notes.append("note: nanoGPT's train.py would go on by a cosine, not in a straight line")
     weights = Weights(
         of.config, loaded.params, of.runtime, loaded.step, opt_state, of.best_val_loss
     )

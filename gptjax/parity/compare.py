@@ -189,8 +189,9 @@ class Comparison:
         # PyTorch has no padded rows.
         network = dataclasses.replace(self.config.model, vocab_multiple=1)
         rates = dataclasses.replace(
-            self.config.optimizer, learning_rate=1e-2, min_lr=1e-3, warmup_steps=2
-        )
+            self.config.optimizer, learning_rate=1e-2, min_lr=1e-3, warmup_steps=2,
+            muon_learning_rate=0.1,  # of small steps rounding would be most
+        )  # fmt: skip
         config = dataclasses.replace(self.config, model=network, optimizer=rates, max_steps=steps)
 
         def tree(arrays: dict[str, np.ndarray]) -> Any:
@@ -304,6 +305,8 @@ def open_comparison(
     """A run's model beside PyTorch's. The arguments are the flags of `gptjax compare`. UserError:
     there is no such run or text, Hugging Face's GPT-2 cannot express the model, or the sequence
     length does not fit."""
+    if optimizer == "muon" and precision != "float32":
+        raise UserError("--optimizer muon is compared in float32; leave out --precision")
     loaded = run.load(run_dir, checkpoint, dtype=precision)
     network = dataclasses.replace(loaded.config, dropout=0.0)
     length = sequence_length or network.block_size
@@ -314,7 +317,8 @@ def open_comparison(
         raise UserError(f"{where} has {len(tokens)} tokens; expected more than {length}")
     rates = OptimizerConfig(
         learning_rate, learning_rate / 10, warmup_steps=10, beta2=0.95, kind=optimizer,
-        muon_learning_rate=learning_rate,
+        # As much more as it is in training from scratch.
+        muon_learning_rate=20 * learning_rate,
     )  # fmt: skip
     computed = network.replace(block_size=length)
     compute, _ = setup.resolve_compute(computed, RuntimeConfig(), train=True)

@@ -181,6 +181,8 @@ class Muon:
             view.grad = gradient
         self.muon.step()
         self.adamw.step()
+        for view in self._views:
+            view.grad = None  # it would keep the model's gradients
 
     def state_dict(self) -> dict[str, Any]:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}

@@ -148,7 +148,8 @@ UNEVEN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [32, pytest.param(36, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [32, 36])
 def test_fsdp_orthogonalises_whole_matrices(width):
     """Muon's, of which a device has parts: three layers among eight devices; and where the width
     does not divide, so that some matrices are parts along another axis, or whole."""

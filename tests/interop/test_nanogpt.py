@@ -144,6 +144,7 @@ def test_nanogpts_settings_become_ours(tmp_path):
     assert found.config.optimizer == OptimizerConfig(
         learning_rate=1e-2, min_lr=1e-3, warmup_steps=2, lr_decay_steps=20, weight_decay=0.2,
         beta1=0.8, beta2=0.9, grad_clip=0.7,
+        muon_learning_rate=1e-3,  # as for fine-tuning
     )  # fmt: skip
     # A batch is all micro-batches of a step, an evaluation as many windows as there.
     assert (found.config.batch_size, found.config.max_steps) == (8, 30)
@@ -272,7 +273,9 @@ EXPORTED = {
 
 def weights_of(model: ModelConfig) -> Weights:
     """As of a run after 7 steps, with random moments."""
-    rates = OptimizerConfig(2e-3, 1e-4, 10, lr_decay_steps=50, weight_decay=0.3, beta2=0.9)
+    rates = OptimizerConfig(
+        2e-3, 1e-4, 10, lr_decay_steps=50, weight_decay=0.3, beta2=0.9, muon_learning_rate=1e-3
+    )
     config = TrainConfig(model, optimizer=rates, batch_size=6, max_steps=60)
     runtime = RuntimeConfig(gradient_accumulation_steps=3, eval_batches=5, log_interval=7)
     mu, nu = random_params(model, 1), jax.tree.map(np.abs, random_params(model, 2))

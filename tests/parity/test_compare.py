@@ -165,6 +165,8 @@ def test_another_optimizer_is_found(monkeypatch, precision, settings, where):
 def test_muons_steps_agree(against):
     comparison = opened("gpt2", against)
     config = comparison.config.replace({"optimizer.kind": "muon", "optimizer.muon_iterations": 4})
+    rates = config.optimizer.replace(muon_learning_rate=2e-3)  # as the command has it
+    config = dataclasses.replace(config, optimizer=rates)
     rows = dataclasses.replace(comparison, config=config).optimizer()
     out = "\n".join(compare.table(rows))
     assert "agree" in compare.verdict(rows), out
