@@ -356,9 +356,7 @@ def settings(argv: Sequence[str], prog: str) -> tuple[BenchFlags, list[Job]]:
     config, runtime = config_io.load_config(given.get("config", BenchFlags.config))
     runtime = runtime.replace(gradient_accumulation_steps=1)
     options, config, runtime = flags.apply([BenchFlags(), config, runtime], given, problems, prog)
-    sizes = {"gpt2": 50257, "char": 65, "sentencepiece": config.data.sentencepiece_vocab_size}
-    vocab_size = config.model.vocab_size or sizes[config.data.tokenizer]
-    config = config.replace({"init_from": None, "model.vocab_size": vocab_size})
+    config = config.replace({"init_from": None, "model.vocab_size": vocabulary(config)})
     runtime.divide_batch(config, 1)
     mode: Any = named[0]
     others = {"none": [], "hf": ["hf with cache"], "torch": ["torch"]}[options.against]
@@ -380,6 +378,12 @@ def settings(argv: Sequence[str], prog: str) -> tuple[BenchFlags, list[Job]]:
         compared=bool(others),
     )  # fmt: skip
     return options, [job, *(dataclasses.replace(job, side=other) for other in others)]
+
+
+def vocabulary(config: TrainConfig) -> int:
+    """How many ids a config's model has; of characters, as many as Tiny Shakespeare."""
+    sizes = {"gpt2": 50257, "char": 65, "sentencepiece": config.data.sentencepiece_vocab_size}
+    return config.model.vocab_size or sizes[config.data.tokenizer]
 
 
 def write_data(folder: Path, vocab_size: int) -> None:

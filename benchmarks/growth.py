@@ -41,6 +41,7 @@ def child(name: str, folder: Path) -> dict[str, Any]:
     `folder`."""
     import jax
 
+    from benchmarks import bench
     from gptjax import config_io, launch
     from gptjax.devices import base
     from gptjax.runtime_config import RuntimeConfig
@@ -64,10 +65,9 @@ def child(name: str, folder: Path) -> dict[str, Any]:
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 
     config, _ = config_io.load_config(name)
-    sizes = {"gpt2": 50257, "char": 65}
     config = config.replace(CONFIGS[name]).replace(
         {"data.dir": str(folder / "data"), "max_steps": STEPS, "init_from": None,
-         "model.vocab_size": sizes[config.data.tokenizer]}
+         "model.vocab_size": bench.vocabulary(config)}
     )  # fmt: skip
     runtime = RuntimeConfig(
         run_dir=tempfile.mkdtemp(dir=folder), device="cpu", num_devices=1, eval_batches=1,
@@ -92,7 +92,7 @@ def measure(name: str) -> dict[str, float]:
 
     config, _ = config_io.load_config(name)
     with tempfile.TemporaryDirectory(prefix="gptjax-growth-") as folder:
-        bench.write_data(Path(folder) / "data", {"gpt2": 50257, "char": 65}[config.data.tokenizer])
+        bench.write_data(Path(folder) / "data", bench.vocabulary(config))
 
         def run() -> dict[str, Any]:
             done = subprocess.run(

@@ -182,7 +182,8 @@ class OptimizerConfig(Config):
     muon_beta: float = dataclasses.field(default=0.95, kw_only=True)
     """Decay of Muon's momentum, in [0, 1)."""
     muon_iterations: int = dataclasses.field(default=5, kw_only=True)
-    """Of the orthogonalisation (Newton and Schulz's), at most 20; 4 cost less and did as well."""
+    """Of the orthogonalisation (Newton and Schulz's), at most 20. 4 cost less, and did as well with
+    models of 0.8M parameters."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices and embeddings (never of biases and LayerNorms)."""
     beta1: float = 0.9
