@@ -27,22 +27,22 @@ def orthogonalise(x: jax.Array, iterations: int = 5, dtype: Any = jnp.float32) -
     x = x.astype(dtype)
     x /= jnp.maximum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True), EPSILON)
     a, b, c = COEFFICIENTS
-    # All factors are polynomials in x x^T, so they can be multiplied up before x is: fewer products
-    # where x is wide. But errors grow faster so: it takes all of float32's digits (which a CPU's
-    # products have), and few iterations.
+    # Factors are polynomials in x x^T, so some can be multiplied up before x is: fewer products
+    # where x is wide. But errors of x x^T grow 12-fold with each: 3 are as exact as 1 with all of
+    # float32's digits (which a CPU's products have), 5 are 30 times worse.
     digits = dtype == jnp.float32 and jax.default_backend() == "cpu"
-    apart = digits and iterations <= 5 and x.shape[-1] >= 2 * x.shape[-2]
-    gram, product = x @ x.mT, None
-    for i in range(iterations):
-        factor = b * gram + c * (gram @ gram) + a * jnp.eye(x.shape[-2], dtype=dtype)
-        if not apart:
-            x = factor @ x
-            gram = x @ x.mT
-            continue
-        product = factor if product is None else factor @ product
-        if i < iterations - 1:
-            gram = gram @ (factor @ factor)
-    return x if product is None else product @ x
+    together = 3 if digits and x.shape[-1] >= 2 * x.shape[-2] else 1
+    identity = jnp.eye(x.shape[-2], dtype=dtype)
+    for first in range(0, iterations, together):
+        count = min(together, iterations - first)
+        gram, product = x @ x.mT, identity
+        for i in range(count):
+            factor = a * identity + b * gram + c * (gram @ gram)
+            product = factor if i == 0 else factor @ product
+            if i < count - 1:
+                gram = gram @ (factor @ factor)
+        x = product @ x
+    return x
 
 
 class State(NamedTuple):
