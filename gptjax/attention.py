@@ -3,6 +3,7 @@
 Letters in shape comments: B batch, H heads, T queries, S keys, D head size.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from gptjax import flash_attention, head_rows, tricks
+from gptjax import flash_attention, hashed_random, head_rows, tricks
 from gptjax.config import ModelConfig
 from gptjax.runtime_config import ComputeConfig
 
@@ -18,21 +19,32 @@ MASKED = -1e30
 """The score of a key that a query must not see; its weight is exactly 0. (Finite, so that no
 difference of two such scores is NaN.)"""
 
+BLOCK = 32, 128
+"""Queries in a block of `attend_in_blocks`: at least, and as many as pay off."""
+
 
 def choose(
     config: ModelConfig, compute: ComputeConfig, device: Any = None, *, train: bool
-) -> tuple[Literal["xla", "cudnn", "splash"], str]:
+) -> tuple[Literal["xla", "blocks", "cudnn", "splash"], str]:
     """(kernel, why): a flash attention kernel where it can compute this model on `device` (None:
-    JAX's first); else "xla". `config.dtype` is resolved already."""
+    JAX's first); blocks of queries on a CPU; else "xla". `config.dtype` is resolved already."""
     if compute.attention == "xla":
         return "xla", "asked for"
     device = device or jax.devices()[0]
+    dropout = train and config.dropout > 0
+    if compute.attention == "blocks" or (compute.attention, device.platform) == ("auto", "cpu"):
+        size = queries_in_a_block(config.block_size)
+        if dropout and not tricks.enabled("hashed_random"):
+            return "xla", "blocks need hashed_random for dropout"
+        if size >= config.block_size:
+            return "xla", f"{config.block_size} tokens are one block"
+        return "blocks", f"{size} queries at a time, without the keys after them"
     nvidia = device.platform == "gpu" and "rocm" not in device.client.platform_version.lower()
     ampere = nvidia and float(device.compute_capability) >= 8.0
     tpu = device.platform == "tpu"
     kernel = compute.attention if compute.attention != "auto" else "splash" if tpu else "cudnn"
     name = {"splash": "splash attention", "cudnn": "cuDNN"}[kernel]
-    cudnn, dropout = kernel == "cudnn", train and config.dropout > 0
+    cudnn = kernel == "cudnn"
     obstacles = [
         (cudnn and not nvidia, "needs an NVIDIA GPU"),
         (cudnn and nvidia and not ampere, "needs compute capability 8.0"),
@@ -70,7 +82,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    start: jax.Array,
+    start: jax.Array | int,
     window: jax.Array | None = None,
     dropout: Callable[[jax.Array], jax.Array] = lambda weights: weights,
 ) -> jax.Array:
@@ -105,3 +117,47 @@ def attend(
     weights = dropout(weights.reshape(b, -1, *weights.shape[2:])).reshape(weights.shape)
     y = head_rows.narrow(jnp.einsum("bhts,bhsd->bhtd", weights, v), group)
     return y.reshape(b, -1, *y.shape[2:])
+
+
+def queries_in_a_block(t: int) -> int:
+    """Of `attend_in_blocks` with `t` tokens; at most 8 blocks, for each is compiled.
+
+    Training 0.8M parameters on two CPU cores is so 1.02, 1.10, 1.24, 1.25 and 1.62 times as fast at
+    64, 128, 256, 512 and 1024 tokens."""
+    return max(min(max(BLOCK[0], -(-t // 4)), BLOCK[1]), -(-t // 8))
+
+
+def attend_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    window: jax.Array | None = None,
+    keys: jax.Array | None = None,
+    rate: float = 0.0,
+) -> jax.Array:
+    """As `attend` with `start` 0 and S = T: some queries after the other, each with the keys up to
+    the block's last query. So nearly half of the scores, which are masked, are never computed.
+
+    `keys`, `rate`: as of `flash_attention.attend`.
+    """
+    t, size = q.shape[2], queries_in_a_block(q.shape[2])
+
+    def drop(weights: jax.Array, first: int) -> jax.Array:
+        """The mask of `Dropout`, of the queries from `first` on."""
+        if keys is None:
+            return weights
+        h, n, m = (
+            jax.lax.broadcasted_iota(jnp.uint32, weights.shape[1:], axis) for axis in range(3)
+        )
+        number = (h * t + n + jnp.uint32(first)) * t + m
+        first_key, second_key = (keys[:, i, None, None, None] for i in range(2))
+        kept = hashed_random.kept(number, first_key, second_key, rate)
+        return jnp.where(kept, weights / (1 - rate), jnp.zeros((), weights.dtype))
+
+    def block(first: int) -> jax.Array:
+        queries = q[:, :, first : first + size]
+        end = first + queries.shape[2]
+        dropout = functools.partial(drop, first=first)
+        return attend(queries, k[:, :, :end], v[:, :, :end], first, window, dropout)
+
+    return jnp.concatenate([block(first) for first in range(0, t, size)], axis=2)

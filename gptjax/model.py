@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gptjax import flash_attention, head, remat, sharding
-from gptjax.attention import attend
+from gptjax.attention import attend, attend_in_blocks
 from gptjax.cache import Cache, LayerCache, append
 from gptjax.config import ModelConfig
 from gptjax.layers import INIT_STD, Dropout, Part, compute_dtype, gelu, sinusoids
@@ -55,17 +55,20 @@ class CausalSelfAttention(Part):
             for part in jnp.split(checkpoint_name(qkv, "qkv"), 3, axis=-1)
         )  # [B, H, T, D] each
         kernel = self.compute.attention
-        if kernel in ("cudnn", "splash") and cache is None and call.only is None:
+        reach = window if "banded" in config.attention_pattern else None
+        if kernel in ("blocks", "cudnn", "splash") and cache is None and call.only is None:
             keys = Dropout(config.dropout, self.train).keys(call.rows)
-            y = flash_attention.attend(
-                kernel, q, k, v, window, config.windows, keys, config.dropout
-            )
+            if kernel == "blocks":
+                y = attend_in_blocks(q, k, v, reach, keys, config.dropout)
+            else:
+                y = flash_attention.attend(
+                    kernel, q, k, v, window, config.windows, keys, config.dropout
+                )
         else:
             k, v, cache = append(cache, k, v, call.start)
             start = call.start
             if call.only is not None:
                 q, start = jax.lax.dynamic_slice_in_dim(q, call.only, 1, 2), start + call.only
-            reach = window if "banded" in config.attention_pattern else None
             y = attend(q, k, v, start, reach, lambda weights: self.dropout(weights, call.rows))
         y = checkpoint_name(y.transpose(0, 2, 1, 3).reshape(-1, config.n_embd), "attention")
         y = self.dense("c_proj", config.n_embd, use_bias=config.bias, residual=True)(y)

@@ -17,9 +17,9 @@ StrategyKind = Literal["pmap", "shard_map", "fsdp"]
 class ComputeConfig(Config):
     """How the network is computed: the same function, up to rounding."""
 
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"
     """Attention kernel. auto: flash attention where it applies (cuDNN's on NVIDIA GPUs, splash
-    attention on TPUs), XLA elsewhere."""
+    attention on TPUs), blocks of queries on a CPU, all scores at once (xla) elsewhere."""
     remat: Literal["auto", "none", "elementwise", "mlp", "attention", "full"] | bool = "auto"
     """What the backward pass computes again: less memory, more time. elementwise: all but matrix
     products and attention; mlp, attention: that part of a block as well; full (--remat alone): the

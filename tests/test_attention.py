@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax import attention
+from gptjax import attention, hashed_random
 from gptjax.config import ModelConfig
 from gptjax.runtime_config import ComputeConfig
 
@@ -48,6 +48,37 @@ def test_dropout_gets_the_weights_of_each_head_and_query():
     np.testing.assert_allclose(out[0, 0], [[0, 0], [1, 1.5], [2, 8 / 3]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("t", "window"), [(37, None), (128, None), (150, 40), (20, 3)])
+def test_blocks_of_queries_change_nothing(t, window):
+    q, k, v = DRAW.standard_normal((3, 2, 3, t, 4))
+    ours = attention.attend_in_blocks(*(x.astype("f4") for x in (q, k, v)), window)
+    np.testing.assert_allclose(ours, expected(q, k, v, 0, window or t), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_drop_the_weights_that_dropout_drops():
+    q, k, v = DRAW.standard_normal((3, 2, 3, 150, 4)).astype("f4")
+    key, rows = jax.random.key(0), np.array([3, 8])
+
+    def drop(weights):
+        kept = hashed_random.dropout_mask(key, rows, weights.shape, 0.4)
+        return jax.numpy.where(kept, weights / 0.6, 0)
+
+    keys = hashed_random.dropout_keys(key, rows)
+    ours = attention.attend_in_blocks(q, k, v, None, keys, 0.4)
+    plain = attention.attend(q, k, v, 0, None, drop)
+    np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("t", "of_all"), [(64, 3 / 4), (128, 5 / 8), (1024, 9 / 16)])
+def test_blocks_leave_out_scores_that_are_masked(t, of_all):
+    x = jax.ShapeDtypeStruct((1, 1, t, 256), "float32")
+    costs = [
+        jax.jit(function).lower(x, x, x).compile().cost_analysis()["flops"]
+        for function in (lambda *x: attention.attend(*x, 0), attention.attend_in_blocks)
+    ]
+    assert costs[1] == pytest.approx(of_all * costs[0], rel=0.02)
+
+
 def test_scores_and_softmax_are_float32_in_bfloat16_too():
     draw = np.random.default_rng(1).standard_normal((3, 1, 1, 64, 8))
     q, k, v = (jax.numpy.asarray(4 * x, "bfloat16") for x in draw)
@@ -76,7 +107,6 @@ FITS = ModelConfig(2, 2, 128, vocab_size=9, dtype="bfloat16", dropout=0.1)
         ({"dropout": 0.0}, device(capability="9.0"), True, None),
         ({"n_embd": 256}, device(), False, None),  # a head size of 128
         ({}, device(), True, "cuDNN cannot apply our attention dropout"),
-        ({}, device("cpu"), False, "NVIDIA GPU"),
         ({}, device(version="ROCm 6.1"), False, "NVIDIA GPU"),
         ({}, device(capability="7.5"), False, "compute capability 8.0"),
         ({"dtype": "float32"}, device(), False, "bfloat16"),
@@ -102,6 +132,21 @@ def test_cudnns_window_is_used_only_when_asked_for(monkeypatch):
         attention.choose(config, ComputeConfig(x), train=False)[0] for x in ("auto", "cudnn")
     ]
     assert kernels == ["xla", "cudnn"]
+
+
+def test_blocks_are_for_cpus_and_whoever_asks(monkeypatch):
+    def chosen(asked="auto", where="cpu", config=FITS):
+        return attention.choose(config, ComputeConfig(asked), device(where), train=True)
+
+    assert chosen() == ("blocks", "128 queries at a time, without the keys after them")
+    assert chosen(config=dataclasses.replace(FITS, block_size=32))[0] == "xla"
+    assert chosen(where="tpu")[0] != "blocks" == chosen("blocks", where="tpu")[0]
+    assert chosen("cudnn") == (
+        "xla",
+        "cuDNN needs an NVIDIA GPU, cuDNN cannot apply our attention dropout",
+    )
+    monkeypatch.setenv("GPTJAX_TRICKS", "-hashed_random")
+    assert chosen() == ("xla", "blocks need hashed_random for dropout")
 
 
 @pytest.mark.parametrize(
