@@ -528,6 +528,11 @@ def main(argv: list[str], prog: str = PROG) -> None:
 
         sweep.main(argv[1:], f"{prog} all")
         return
+    if argv[:1] == ["race"]:
+        from benchmarks import race  # as above
+
+        race.main(argv[1:], f"{prog} race")
+        return
     options, jobs = settings(argv, prog)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or "," in hosts:

@@ -1,7 +1,7 @@
 """PyTorch's side of the benchmark, in a process of its own, without JAX: a GPT in nanoGPT's style
 with fused attention and AdamW, or Hugging Face's GPT-2 with its cache.
 
-python -m benchmarks.pytorch RUN_DIR trains a whole small run, for `startup`.
+python -m benchmarks.pytorch RUN_DIR trains a whole run, for `startup` and `race`.
 """
 
 import sys
@@ -50,6 +50,17 @@ class Training:
                 model.parameters(), learning_rate=rates.learning_rate, **common
             )
 
+    def set_rates(self, step: int) -> None:
+        """Of the update that follows `step` updates."""
+        rates, rate = self.config.optimizer, torch_gpt.learning_rate(self.config, step)
+        adamw, muon = self.optimizer, None
+        if rates.kind == "muon":
+            adamw, muon = self.optimizer.adamw, self.optimizer.muon
+            for group in muon.param_groups:
+                group["lr"] = rates.muon_learning_rate * rate / rates.learning_rate
+        for group in adamw.param_groups:
+            group["lr"] = rate
+
     def logits(self, tokens: torch.Tensor, **how: bool) -> torch.Tensor:
         """In bfloat16 where our side computes in it."""
         narrow = self.config.model.dtype == "bfloat16"
@@ -58,7 +69,9 @@ class Training:
 
     def tokens(self, split: str) -> np.ndarray:
         """int [n]: a split of the data set."""
-        return np.memmap(f"{self.config.data.dir}/{split}.bin", "<u4", "r")
+        folder = Path(self.config.data.dir or "")
+        dtype = files.read_json(folder / "meta.json")["dtype"]
+        return np.memmap(folder / f"{split}.bin", dtype, "r")
 
     def loss(self, tokens: np.ndarray) -> torch.Tensor:
         """Of a micro-batch at random positions: nanoGPT's get_batch."""
@@ -83,8 +96,9 @@ class Training:
     @torch.no_grad()
     def evaluate(self) -> None:
         self.model.eval()
+        tokens = self.tokens("val")
         for _ in range(self.runtime.eval_batches):
-            self.loss(self.tokens("val")).item()
+            self.loss(tokens).item()
         self.model.train()
 
 
@@ -178,13 +192,14 @@ def facts() -> dict[str, Any]:
     }
 
 
-def startup(run_dir: Path) -> None:
-    """A whole small run: evaluate, take `max_steps`, evaluate, save."""
-    path = run_dir / "config.json"
-    training = Training(*config_io.run_settings(files.read_json(path), str(path)))
-    training.evaluate()
+def whole_run(run_dir: Path) -> None:
+    """Evaluate, train by the schedule, evaluate now and then and at the end, save."""
+    training = _training(run_dir)
     tokens = training.tokens("train")
     for step in range(training.config.max_steps):
+        if step % training.runtime.eval_interval == 0:
+            training.evaluate()
+        training.set_rates(step)
         training.step(tokens).item()
         if step == 0:
             print(FIRST_STEP, flush=True)
@@ -193,5 +208,26 @@ def startup(run_dir: Path) -> None:
     torch.save(state, run_dir / "ckpt.pt")
 
 
+def _training(run_dir: Path) -> Training:
+    path = run_dir / "config.json"
+    return Training(*config_io.run_settings(files.read_json(path), str(path)))
+
+
+@torch.no_grad()
+def exact_loss(run_dir: Path) -> float:
+    """Nats per token over the whole validation split, in windows that do not overlap, of the model
+    that `whole_run` saved."""
+    training = _training(run_dir)
+    training.model.load_state_dict(torch.load(run_dir / "ckpt.pt")["model"])
+    training.model.eval()
+    tokens, block = training.tokens("val"), training.config.model.block_size
+    total = 0.0
+    for start in range(0, len(tokens) - 1, block):
+        window = torch.from_numpy(tokens[start : start + block + 1].astype("i8"))[None]
+        loss = torch_gpt.cross_entropy(training.logits(window[:, :-1]), window[:, 1:])
+        total += loss.item() * (window.shape[1] - 1)
+    return total / (len(tokens) - 1)
+
+
 if __name__ == "__main__":
-    startup(Path(sys.argv[1]))
+    whole_run(Path(sys.argv[1]))

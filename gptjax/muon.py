@@ -73,10 +73,11 @@ def scale_by_muon(
             def of_whole(x: jax.Array) -> jax.Array:
                 layers, m, n = x.shape
                 apart = x.reshape(layers, m, count, n // count).swapaxes(1, 2)
-                found = orthogonalise(apart, iterations, dtype).astype(x.dtype)
+                found = orthogonalise(apart, iterations, dtype)
                 return found.swapaxes(1, 2).reshape(x.shape) * max(1, n / count / m) ** 0.5
 
-            return sharding.by_layers(of_whole, x, axis)
+            # In `dtype`: where that is bfloat16, half as much is sent.
+            return sharding.by_layers(of_whole, x.astype(dtype), axis).astype(x.dtype)
 
         axes = jax.tree.map(lambda _: sharding.WHOLE, grads) if shared is None else shared
         directions = jax.tree_util.tree_map_with_path(direction, nesterov, axes)

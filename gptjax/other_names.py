@@ -80,6 +80,8 @@ HUGGING_FACE = {
 
 SHORT = {
     "lr": "learning_rate",
+    "muon_lr": "muon_learning_rate",
+    "optim": "there are --optimizer adamw and --optimizer muon",
     "wd": "weight_decay",
     "layers": "n_layer",
     "heads": "n_head",

@@ -56,9 +56,9 @@ class Callback:
         """Something that the user should know."""
 
     def on_step(self, trainer: "Trainer", row: Row) -> None:
-        """A step is done, and evaluated if that was due. (Unless it was, the devices are working on
-        the next step already.) Before the first step, called once with `step` 0, `val_loss` and no
-        other numbers (None)."""
+        """A step is done, and evaluated if that was due. (Unless it was, accelerators are working
+        on the next step already.) Before the first step, called once with `step` 0, `val_loss` and
+        no other numbers (None)."""
 
     def on_evaluate(self, trainer: "Trainer", row: Row, best: bool) -> None:
         """`row` has a `val_loss`; a checkpoint, if one is due, has been started."""
@@ -246,8 +246,8 @@ class Trainer:
         self._call("on_evaluate", row, False)
 
     def _take_steps(self, first: int, last: int, batches: Prefetch[np.ndarray]) -> None:
-        """Steps `first` + 1 to `last`. While the devices work on one, the numbers of the one before
-        are read."""
+        """Steps `first` + 1 to `last`. While an accelerator works on one, the numbers of the one
+        before are read. (On one CPU a step is done when it is started: `cpu.keep_freed_memory`.)"""
         alone = setup.host_count() == 1
         running: tuple[int, train_step.Metrics] | None = None
         self.stopped_by = self._signal()

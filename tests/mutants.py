@@ -41,6 +41,7 @@ TESTS = {
     "hashed_random.py": "test_hashed_random.py test_layers.py",
     "logit_threshold.py": "test_logit_threshold.py test_sampling.py",
     "optim.py": "test_optim.py",
+    "muon.py": "test_muon.py test_optim.py",
     "train_step.py": "test_train_step.py devices/test_strategy.py",
     "sampling.py": "test_sampling.py",
     "generation.py": "test_generation.py test_run.py",

@@ -91,7 +91,15 @@ def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfi
         given.setdefault("data.source", None)  # the config's text is not that folder's
     if asked:
         flags.show_help([TrainFlags(), config, runtime], prog, "[CONFIG]")
-    own, config, runtime = flags.apply([TrainFlags(), config, runtime], given, problems, prog)
+    chosen_for, defaults = config.optimizer.kind, [TrainFlags(), config, runtime]
+    own, config, runtime = flags.apply(defaults, given, problems, prog)
+    if config.optimizer.kind != chosen_for and "optimizer.learning_rate" not in given:
+        with contextlib.suppress(OSError):  # stderr may be closed
+            print(
+                f"note: the other settings of --optimizer {config.optimizer.kind}, such as"
+                f" --learning-rate {config.optimizer.learning_rate}, were chosen for {chosen_for}",
+                file=sys.stderr,
+            )
     if config.data.source is None and config.data.dir is None and not runtime.dry_run:
         raise UserError(
             "no text to train on; name one with --data.source (a .txt or .jsonl file, a folder, a"

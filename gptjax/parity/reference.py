@@ -18,6 +18,7 @@ from gptjax.interop import huggingface, parameter_names
 from gptjax.interop.parameter_names import PREFIX, Layout
 from gptjax.interop.tensor_files import optional
 from gptjax.parity import torch_gpt
+from gptjax.parity.torch_gpt import learning_rate
 
 Against = Literal["hf", "nanogpt-style"]
 Precision = Literal["float32", "bfloat16"]
@@ -156,15 +157,3 @@ def clip(parameters: list[torch.nn.Parameter], limit: float) -> None:
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in gradients))
     for grad in gradients:
         grad.mul_(min(1.0, limit / (norm + 1e-6)))
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """nanoGPT's schedule, in plain arithmetic."""
-    peak, least = config.optimizer.learning_rate, config.optimizer.min_lr
-    warmup = config.optimizer.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, config.lr_decay_steps - warmup))
-    linear = config.optimizer.lr_schedule == "linear"
-    left = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
-    return least + left * (peak - least)

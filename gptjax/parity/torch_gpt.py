@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gptjax.config import ModelConfig
+from gptjax.config import ModelConfig, TrainConfig
 
 
 class SelfAttention(nn.Module):
@@ -140,6 +140,18 @@ def from_state_dict(config: ModelConfig, tensors: dict[str, Any], model: Any = N
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean nats per target: logits [B, T, V], int targets [B, T] -> []."""
     return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """nanoGPT's schedule, in plain arithmetic."""
+    peak, least = config.optimizer.learning_rate, config.optimizer.min_lr
+    warmup = config.optimizer.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, config.lr_decay_steps - warmup))
+    linear = config.optimizer.lr_schedule == "linear"
+    left = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return least + left * (peak - least)
 
 
 class Muon:

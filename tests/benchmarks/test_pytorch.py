@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gptjax.config import ModelConfig, TrainConfig
+from gptjax import config_io
+from gptjax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gptjax.runtime_config import RuntimeConfig
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -62,3 +63,46 @@ def test_a_step_is_the_mean_of_its_micro_batches():
 def test_this_side_does_not_load_jax(command):
     check = "import sys, benchmarks.pytorch; sys.exit('jax' in sys.modules)"
     assert command("-c", check).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_exact_loss_counts_every_token_but_the_first_once(tmp_path, kind):
+    """By windows of one block that were trained to be known by heart."""
+    rates = OptimizerConfig(1e-2, min_lr=0.0, warmup_steps=2, kind=kind, muon_learning_rate=0.02)
+    config = TrainConfig(
+        MODEL, DataConfig(dir=str(tmp_path)), rates, batch_size=4, max_steps=60
+    )  # fmt: skip
+    tokens = np.tile(np.arange(11), 4)[:37].astype("u2")
+    for split in "train", "val":
+        tokens.tofile(tmp_path / f"{split}.bin")
+    (tmp_path / "meta.json").write_text('{"dtype": "uint16"}')
+    runtime = RuntimeConfig(eval_batches=1, eval_interval=30)
+    config_io.save_run_settings(tmp_path / "config.json", config, runtime)
+    pytorch.whole_run(tmp_path)
+    model = torch_gpt.TorchGPT(MODEL, fused=True)
+    model.load_state_dict(torch.load(tmp_path / "ckpt.pt")["model"])
+    log_probabilities = []
+    for first in 0, 16, 32:
+        window = torch.from_numpy(tokens[first : first + 17].astype("i8"))[None]
+        with torch.no_grad():
+            found = model(window[:, :-1]).log_softmax(-1)[0]
+        log_probabilities += [found[i, window[0, i + 1]].item() for i in range(len(found))]
+    assert len(log_probabilities) == 36
+    loss = pytorch.exact_loss(tmp_path)
+    assert loss == pytest.approx(-np.mean(log_probabilities), rel=1e-5)
+    assert loss < 0.7  # of 2.4: whoever knows the token before knows this one
+
+
+def test_rates_follow_the_schedule():
+    rates = OptimizerConfig(
+        1e-2, min_lr=0.0, warmup_steps=1, kind="muon", muon_learning_rate=0.5, lr_schedule="linear"
+    )
+    training = pytorch.Training(TrainConfig(MODEL, optimizer=rates, max_steps=11), RuntimeConfig())
+    for step, share in {0: 0.5, 1: 1.0, 6: 0.5, 11: 0.0}.items():
+        training.set_rates(step)
+        found = [
+            group["lr"]
+            for each in (training.optimizer.adamw, training.optimizer.muon)
+            for group in each.param_groups
+        ]
+        assert found == pytest.approx([1e-2 * share, 1e-2 * share, 0.5 * share])

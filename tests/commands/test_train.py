@@ -120,6 +120,17 @@ def test_flags_count_over_the_config_file(tmp_path):
     assert (runtime.run_dir, tokenizer) == ("runs/own", None)
 
 
+def test_another_optimizer_than_the_rates_were_chosen_for_is_told(tmp_path, capsys):
+    settings(tmp_path, "quickstart", "--optimizer", "adamw")
+    note = (
+        "note: the other settings of --optimizer adamw, such as --learning-rate 0.008, were chosen"
+    )
+    assert capsys.readouterr().err == f"{note} for muon\n"
+    settings(tmp_path, "quickstart", "--optimizer", "adamw", "--learning-rate", "1e-3")
+    settings(tmp_path, "quickstart", "--optimizer", "muon")
+    assert not capsys.readouterr().err
+
+
 def test_without_arguments_it_is_the_quickstart(tmp_path):
     config, runtime, _ = settings(tmp_path)
     default, expected = config_io.load_config("quickstart")

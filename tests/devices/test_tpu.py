@@ -53,6 +53,26 @@ def test_what_a_step_sends_is_what_it_should(name, strategy):
     assert sent["all-reduce"] < 0.02 * sent.total()  # biases and norms
 
 
+def test_muon_sends_each_matrix_twice_in_bfloat16():
+    """To the device that orthogonalises it, and back; with the arithmetic shared out too."""
+    devices, model = topology.devices("v5e-8"), MODEL.replace(n_layer=8)
+    config = TrainConfig(model, batch_size=16)
+    found = [
+        roofline.Program(
+            memory.compile_step(each, RuntimeConfig(strategy="fsdp"), devices).as_text()
+        )
+        for each in (config, config.replace({"optimizer.kind": "muon"}))
+    ]
+    adamw, muon = (program.sent() for program in found)
+    share = 1 / 8 * 7 / 8
+    assert muon["all-to-all"] == pytest.approx(2 * 2 * 8 * 12 * MODEL.n_embd**2 * share, rel=0.01)
+    assert muon.total() - muon["all-to-all"] == pytest.approx(adamw.total(), rel=0.01)
+    # 5 iterations for one layer: 4 square matrices and 2 that are 4 times as wide.
+    products = 2 * MODEL.n_embd**3 * 5 * (4 * 3 + 2 * (4 + 1 + 4))
+    more = found[1].cost().flops - found[0].cost().flops
+    assert more == pytest.approx(products, rel=0.05)
+
+
 def test_a_scanned_program_costs_what_the_unrolled_one_does():
     unrolled, scanned = (
         roofline.Program(

@@ -1,0 +1,39 @@
+"""nanoGPT's loss on Tiny Shakespeare (`shakespeare_char_cpu`) in a fraction of its time: 10 seconds
+on 2 cores.
+
+The same text, block, block size and evaluation. It trains with Muon, a straight line down to zero,
+twice the batch, and a smaller network, which this little time trains further: docs/leaderboard.md
+says how each was chosen.
+"""
+
+from gptjax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from gptjax.runtime_config import RuntimeConfig
+
+config = TrainConfig(
+    model=ModelConfig(
+        n_layer=2,
+        n_head=2,
+        n_embd=64,
+        block_size=64,
+        bias=False,
+        gelu="erf",
+        dropout=0.0,
+        tied_head=False,
+    ),
+    data=DataConfig(source="shakespeare", tokenizer="char"),
+    optimizer=OptimizerConfig(
+        kind="muon",
+        learning_rate=8e-3,
+        min_lr=0.0,
+        warmup_steps=5,
+        lr_schedule="linear",
+        muon_learning_rate=0.04,
+        muon_beta=0.9,
+        beta1=0.8,
+        beta2=0.95,
+        grad_clip=0.0,
+    ),
+    batch_size=24,
+    max_steps=340,
+)
+runtime = RuntimeConfig(eval_interval=340, eval_full_split=True, log_interval=10)
