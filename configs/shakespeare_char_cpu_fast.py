@@ -34,6 +34,6 @@ config = TrainConfig(
         grad_clip=0.0,
     ),
     batch_size=24,
-    max_steps=340,
+    max_steps=380,
 )
-runtime = RuntimeConfig(eval_interval=340, eval_full_split=True, log_interval=10)
+runtime = RuntimeConfig(eval_interval=380, eval_full_split=True, log_interval=10)
