@@ -137,12 +137,14 @@ def table(reports: Mapping[str, Any]) -> list[str]:
 
 
 def plot(folder: Path, path: str) -> None:
-    """The ratio of every setting over the reports in `folder`, by day. Raises UserError: there is
-    none."""
+    """The ratio of every setting over the reports in `folder`, by day, of the newest one's machine.
+    Raises UserError: there is none."""
     read = [(file.stem, json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
     kept = [(stem, one) for stem, one in read if "reports" in one]
     if not kept:
         raise UserError(f"no report in {folder}; `bench all` writes one")
+    machine = kept[-1][1]["machine"]
+    kept = [(stem, one) for stem, one in kept if one["machine"] == machine]
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
@@ -154,7 +156,7 @@ def plot(folder: Path, path: str) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(ylabel="times as fast as PyTorch", yscale="log")
+    axes.set(title=machine, ylabel="times as fast as PyTorch", yscale="log")
     axes.axhline(1, color="black", linewidth=1)
     axes.tick_params(axis="x", rotation=30)
     axes.grid(visible=True, alpha=0.3)

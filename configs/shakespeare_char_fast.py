@@ -1,7 +1,7 @@
-"""Tiny Shakespeare with `shakespeare_char`'s block of 256: ten minutes on 2 cores, to a loss of 1.52.
+"""Tiny Shakespeare with the block of `shakespeare_char`: ten minutes on 2 cores, to a loss of 1.52.
 
-With Muon, and with the network that learns most in this time, of 0.8M parameters instead of 10.65M
-(docs/leaderboard.md).
+It trains with Muon, and a network of 0.8M parameters instead of 10.65M, which learns more in this
+time (docs/leaderboard.md).
 """
 
 from gptjax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
