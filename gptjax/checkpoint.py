@@ -434,29 +434,21 @@ def on_one_device(shapes: Any) -> Any:
 
 
 @jax.jit
-def _digest(arrays: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """Of each array (uint32 [], whether all is finite). A sum of hashes of each number and its
-    index, modulo 2**32: the same wherever the array's parts lie."""
-
-    def of_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        index = jnp.zeros((), jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return mix(mix(index) ^ bits).sum(dtype=jnp.uint32), jnp.isfinite(x).all()
-
-    return [of_one(x) for x in arrays]
+def _digest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(uint32 [], whether all is finite). A sum of hashes of each number and its index, modulo
+    2**32: the same wherever the parts of `x` lie."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return mix(mix(index) ^ bits).sum(dtype=jnp.uint32), jnp.isfinite(x).all()
 
 
 def _digests(tree: Any) -> dict[str, tuple[int, bool]]:
     """{array's path: its digest}, of 32-bit arrays."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    paths, arrays = ([jax.tree_util.keystr(path) for path, _ in leaves], [x for _, x in leaves])
-    if all(isinstance(x, jax.Array) for x in arrays):
-        found = _digest(arrays)  # one program: compiling one for each takes a second
-    else:  # one after the other: the device may have no room for all arrays of the host
-        found = [digest for x in arrays for digest in _digest([x])]
-    return {path: (int(digest), bool(ok)) for path, (digest, ok) in zip(paths, found, strict=True)}
+    found = [(jax.tree_util.keystr(path), _digest(x)) for path, x in leaves]
+    return {path: (int(digest), bool(finite)) for path, (digest, finite) in found}
 
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:
