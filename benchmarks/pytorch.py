@@ -1,7 +1,8 @@
 """PyTorch's side of the benchmark, in a process of its own, without JAX: a GPT in nanoGPT's style
 with fused attention and AdamW, or Hugging Face's GPT-2 with its cache.
 
-python -m benchmarks.pytorch RUN_DIR trains a whole run, for `startup` and `race`.
+python -m benchmarks.pytorch RUN_DIR trains a whole run, for `startup` and `race`; with "exact"
+after it, it prints that run's loss over the whole validation split.
 """
 
 import sys
@@ -53,10 +54,10 @@ class Training:
     def set_rates(self, step: int) -> None:
         """Of the update that follows `step` updates."""
         rates, rate = self.config.optimizer, torch_gpt.learning_rate(self.config, step)
-        adamw, muon = self.optimizer, None
+        adamw = self.optimizer
         if rates.kind == "muon":
-            adamw, muon = self.optimizer.adamw, self.optimizer.muon
-            for group in muon.param_groups:
+            adamw = self.optimizer.adamw
+            for group in self.optimizer.muon.param_groups:
                 group["lr"] = rates.muon_learning_rate * rate / rates.learning_rate
         for group in adamw.param_groups:
             group["lr"] = rate
@@ -230,4 +231,7 @@ def exact_loss(run_dir: Path) -> float:
 
 
 if __name__ == "__main__":
-    whole_run(Path(sys.argv[1]))
+    if sys.argv[2:] == ["exact"]:
+        print(f"{exact_loss(Path(sys.argv[1])):.4f} nats")
+    else:
+        whole_run(Path(sys.argv[1]))

@@ -136,6 +136,11 @@ def table(reports: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def hardware(report: Mapping[str, Any]) -> str:
+    """Processor and cores."""
+    return ", ".join(report["machine"].split(", ")[:2])
+
+
 def plot(folder: Path, path: str) -> None:
     """The ratio of every setting over the reports in `folder`, by day, of the newest one's machine.
     Raises UserError: there is none."""
@@ -143,8 +148,11 @@ def plot(folder: Path, path: str) -> None:
     kept = [(stem, one) for stem, one in read if "reports" in one]
     if not kept:
         raise UserError(f"no report in {folder}; `bench all` writes one")
-    machine = kept[-1][1]["machine"]
-    kept = [(stem, one) for stem, one in kept if one["machine"] == machine]
+    machine = hardware(kept[-1][1])
+    others = len(kept)
+    kept = [(stem, one) for stem, one in kept if hardware(one) == machine]
+    if others := others - len(kept):
+        print(f"left out: {others} of other machines than {machine}")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")

@@ -1,7 +1,6 @@
 """Tiny Shakespeare with the block of `shakespeare_char`: ten minutes on 2 cores, to a loss of 1.52.
 
-It trains with Muon, and a network of 0.8M parameters instead of 10.65M, which learns more in this
-time (docs/leaderboard.md).
+It trains with Muon, and a network of 0.8M parameters instead of 10.65M (docs/leaderboard.md).
 """
 
 from gptjax.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig

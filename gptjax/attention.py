@@ -19,8 +19,8 @@ MASKED = -1e30
 """The score of a key that a query must not see; its weight is exactly 0. (Finite, so that no
 difference of two such scores is NaN.)"""
 
-BLOCK = 32, 128
-"""Queries in a block of `attend_in_blocks`: at least, and as many as pay off."""
+QUERIES_AT_A_TIME = 32, 128
+"""Of `attend_in_blocks`: at least, and as many as pay off. Below the second all come at once."""
 
 
 def choose(
@@ -33,11 +33,11 @@ def choose(
     device = device or jax.devices()[0]
     dropout = train and config.dropout > 0
     if compute.attention == "blocks" or (compute.attention, device.platform) == ("auto", "cpu"):
-        size = queries_in_a_block(config.block_size)
+        size = queries_at_a_time(config.block_size)
         if dropout and not tricks.enabled("hashed_random"):
             return "xla", "blocks need hashed_random for dropout"
-        if size >= config.block_size:
-            return "xla", f"{config.block_size} tokens are one block"
+        if size >= config.block_size and compute.attention == "auto":
+            return "xla", f"all {config.block_size} queries at a time"
         return "blocks", f"{size} queries at a time, without the keys after them"
     nvidia = device.platform == "gpu" and "rocm" not in device.client.platform_version.lower()
     ampere = nvidia and float(device.compute_capability) >= 8.0
@@ -119,12 +119,17 @@ def attend(
     return y.reshape(b, -1, *y.shape[2:])
 
 
-def queries_in_a_block(t: int) -> int:
-    """Of `attend_in_blocks` with `t` tokens; at most 8 blocks, for each is compiled.
+def queries_at_a_time(t: int) -> int:
+    """Of `attend_in_blocks` with `t` tokens.
 
-    Training 0.8M parameters on two CPU cores is so 1.02, 1.10, 1.24, 1.25 and 1.62 times as fast at
-    64, 128, 256, 512 and 1024 tokens."""
-    return max(min(max(BLOCK[0], -(-t // 4)), BLOCK[1]), -(-t // 8))
+    Training 0.8M parameters on two CPU cores becomes 1.10, 1.24, 1.25 and 1.62 times as fast at
+    128, 256, 512 and 1024 tokens (1.02 times at 64). Compiling becomes slower, by a third to a half
+    of its time: so there are at most 8 blocks, and few tokens come at once.
+    """
+    least, most = QUERIES_AT_A_TIME
+    if t < most:
+        return t
+    return max(min(max(least, -(-t // 4)), most), -(-t // 8))
 
 
 def attend_in_blocks(
@@ -135,12 +140,12 @@ def attend_in_blocks(
     keys: jax.Array | None = None,
     rate: float = 0.0,
 ) -> jax.Array:
-    """As `attend` with `start` 0 and S = T: some queries after the other, each with the keys up to
-    the block's last query. So nearly half of the scores, which are masked, are never computed.
+    """As `attend` with `start` 0 and S = T: some queries at a time, with the keys up to the last of
+    them. So of the scores that are masked, which are half of all, most are never computed.
 
     `keys`, `rate`: as of `flash_attention.attend`.
     """
-    t, size = q.shape[2], queries_in_a_block(q.shape[2])
+    t, size = q.shape[2], queries_at_a_time(q.shape[2])
 
     def drop(weights: jax.Array, first: int) -> jax.Array:
         """The mask of `Dropout`, of the queries from `first` on."""

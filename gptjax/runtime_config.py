@@ -19,7 +19,8 @@ class ComputeConfig(Config):
 
     attention: Literal["auto", "xla", "blocks", "cudnn", "splash"] = "auto"
     """Attention kernel. auto: flash attention where it applies (cuDNN's on NVIDIA GPUs, splash
-    attention on TPUs), blocks of queries on a CPU, all scores at once (xla) elsewhere."""
+    attention on TPUs), some queries at a time (blocks) on a CPU, all scores at once (xla)
+    elsewhere."""
     remat: Literal["auto", "none", "elementwise", "mlp", "attention", "full"] | bool = "auto"
     """What the backward pass computes again: less memory, more time. elementwise: all but matrix
     products and attention; mlp, attention: that part of a block as well; full (--remat alone): the

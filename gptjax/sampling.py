@@ -284,10 +284,7 @@ def generate(
         elif cache is None or cached == block:
             # The first reading takes all that fits; "half" reads on with half a block.
             seen = min(length, block if cache is None else max(1, block // 2))
-            size = bucket(seen, block)
-            if overflow == "half" and end > block + 1:  # one program for both readings
-                size = max(size, bucket(block // 2, block))
-            padded = np.zeros((rows, size), np.int32)
+            padded = np.zeros((rows, bucket(seen, block)), np.int32)
             padded[:, :seen] = text[:, -seen:]
             token, cache = prefill(
                 params, place(padded), seen, length, key, settings, config=config, slots=room,

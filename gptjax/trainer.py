@@ -247,7 +247,7 @@ class Trainer:
 
     def _take_steps(self, first: int, last: int, batches: Prefetch[np.ndarray]) -> None:
         """Steps `first` + 1 to `last`. While an accelerator works on one, the numbers of the one
-        before are read. (On one CPU a step is done when it is started: `cpu.keep_freed_memory`.)"""
+        before are read. (A CPU may have done it when it is started: `cpu.keep_freed_memory`.)"""
         alone = setup.host_count() == 1
         running: tuple[int, train_step.Metrics] | None = None
         self.stopped_by = self._signal()

@@ -48,7 +48,9 @@ def test_dropout_gets_the_weights_of_each_head_and_query():
     np.testing.assert_allclose(out[0, 0], [[0, 0], [1, 1.5], [2, 8 / 3]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("t", "window"), [(37, None), (128, None), (150, 40), (20, 3)])
+@pytest.mark.parametrize(
+    ("t", "window"), [(37, None), (128, None), (129, None), (150, 40), (300, 3)]
+)
 def test_blocks_of_queries_change_nothing(t, window):
     q, k, v = DRAW.standard_normal((3, 2, 3, t, 4))
     ours = attention.attend_in_blocks(*(x.astype("f4") for x in (q, k, v)), window)
@@ -69,7 +71,7 @@ def test_blocks_drop_the_weights_that_dropout_drops():
     np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("t", "of_all"), [(64, 3 / 4), (128, 5 / 8), (1024, 9 / 16)])
+@pytest.mark.parametrize(("t", "of_all"), [(127, 1), (128, 5 / 8), (1024, 9 / 16), (2048, 9 / 16)])
 def test_blocks_leave_out_scores_that_are_masked(t, of_all):
     x = jax.ShapeDtypeStruct((1, 1, t, 256), "float32")
     costs = [
@@ -139,7 +141,9 @@ def test_blocks_are_for_cpus_and_whoever_asks(monkeypatch):
         return attention.choose(config, ComputeConfig(asked), device(where), train=True)
 
     assert chosen() == ("blocks", "128 queries at a time, without the keys after them")
-    assert chosen(config=dataclasses.replace(FITS, block_size=32))[0] == "xla"
+    few = dataclasses.replace(FITS, block_size=64)
+    assert chosen(config=few) == ("xla", "all 64 queries at a time")
+    assert chosen("blocks", config=few)[0] == "blocks"  # the same, and no reason to refuse it
     assert chosen(where="tpu")[0] != "blocks" == chosen("blocks", where="tpu")[0]
     assert chosen("cudnn") == (
         "xla",

@@ -125,7 +125,8 @@ def test_rare_tokens_win_as_often_as_they_should(monkeypatch):
 @pytest.mark.slow
 def test_fifty_thousand_tokens_are_drawn_by_their_probabilities():
     """Chi-square, with 50,000 tokens of which each is drawn once in a hundred million
-    times (with 23 bits it would be once in three billion times)."""
+    times (with 23 bits once in three billion times, which
+    gives a p of 0.003)."""
     probabilities = np.concatenate([[0.5, 0.3], np.full(255, 2e-4 / 51), np.full(50_000, 1e-8)])
     probabilities[0] += 1 - probabilities.sum()
     logits = jnp.log(jnp.asarray(probabilities, jnp.float32))
@@ -139,7 +140,7 @@ def test_fifty_thousand_tokens_are_drawn_by_their_probabilities():
     total = 100 * 256
     expected = total * np.array([*probabilities[:2], 50_000 * 1e-8])
     counts, expected = (np.append(x, total - x.sum()) for x in (counts, expected))
-    assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3, (counts, expected)
+    assert scipy.stats.chisquare(counts, expected).pvalue > 1e-2, (counts, expected)
 
 
 def test_the_off_switch_is_jaxs_own_whatever_its_default(monkeypatch):

@@ -40,7 +40,7 @@ def test_small_singular_values_keep_their_directions():
         x = (u * np.arange(1, 129.0) ** -power @ v.T).astype("f4")
         with jax.default_matmul_precision("highest"):
             found = muon.orthogonalise(jnp.asarray(x))
-        np.testing.assert_allclose(found, by_svd(x, 5), atol=1e-5)
+        np.testing.assert_allclose(found, by_svd(x, 5), atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 64)])

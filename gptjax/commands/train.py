@@ -93,11 +93,13 @@ def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfi
         flags.show_help([TrainFlags(), config, runtime], prog, "[CONFIG]")
     chosen_for, defaults = config.optimizer.kind, [TrainFlags(), config, runtime]
     own, config, runtime = flags.apply(defaults, given, problems, prog)
-    if config.optimizer.kind != chosen_for and "optimizer.learning_rate" not in given:
+    kind = config.optimizer.kind
+    rate = "muon_learning_rate" if kind == "muon" else "learning_rate"
+    if kind != chosen_for and named and f"optimizer.{rate}" not in given:
         with contextlib.suppress(OSError):  # stderr may be closed
             print(
-                f"note: the other settings of --optimizer {config.optimizer.kind}, such as"
-                f" --learning-rate {config.optimizer.learning_rate}, were chosen for {chosen_for}",
+                f"note: --{rate.replace('_', '-')} is {getattr(config.optimizer, rate)}; the"
+                f" config's settings were chosen for {chosen_for}, not {kind}",
                 file=sys.stderr,
             )
     if config.data.source is None and config.data.dir is None and not runtime.dry_run:

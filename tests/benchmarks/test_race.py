@@ -16,8 +16,10 @@ def test_ratios_are_to_the_first_recipe():
 
 
 def test_recipes_that_are_not_there_are_refused():
-    with pytest.raises(UserError, match="no recipe contains 'x'; there are nanoGPT's, PyTorch, "):
-        race.main(["--only", "x"], "bench race")
+    with pytest.raises(
+        UserError, match="no recipe contains 'zzz'; there are nanoGPT's, PyTorch; nanoGPT's; "
+    ):
+        race.main(["--only", "zzz"], "bench race")
     with pytest.raises(UserError, match="seeds"):
         race.main(["--seeds", "0"], "bench race")
 
@@ -29,6 +31,9 @@ def test_both_sides_learn_the_same(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(race, "RECIPES", {"a": ("torch", short), "b": ("gptjax", short)})
     race.main(["--seeds", "1", "--json", str(tmp_path / "report.json")], "bench race")
     assert "seed 1: a: " in capsys.readouterr().out
+    # What a report would be lost by is told before anything is trained.
+    with pytest.raises(OSError):
+        race.main(["--json", str(tmp_path / "no" / "report.json")], "bench race")
     found = json.loads((tmp_path / "report.json").read_text())["recipes"]
     (a,), (b,) = found.values()
     # Sixty steps with other first weights and batches; the unigrams of Shakespeare are 3.3.

@@ -49,8 +49,12 @@ def test_a_setting_that_fails_costs_no_other(monkeypatch, tmp_path, capsys):
     assert "b: too slow" in out and "a: 2.00x" in out
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["reports"].keys() == {"a", "c"}
+    other = {"machine": "Abacus, 10 cores, 1 GiB; Python 3.11.0", "reports": {}}
+    (tmp_path / "2000-01-01.json").write_text(json.dumps(other))
     sweep.main(["--out", str(tmp_path), "--plot", str(tmp_path / "speed.png")], "bench all")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+    assert "left out: 1 of other machines than " in capsys.readouterr().out
+    assert sweep.hardware(other) == "Abacus, 10 cores"
 
 
 @pytest.mark.parametrize(

@@ -122,10 +122,10 @@ def test_flags_count_over_the_config_file(tmp_path):
 
 def test_another_optimizer_than_the_rates_were_chosen_for_is_told(tmp_path, capsys):
     settings(tmp_path, "quickstart", "--optimizer", "adamw")
-    note = (
-        "note: the other settings of --optimizer adamw, such as --learning-rate 0.008, were chosen"
-    )
-    assert capsys.readouterr().err == f"{note} for muon\n"
+    note = "note: --learning-rate is 0.008; the config's settings were chosen for muon, not adamw\n"
+    assert capsys.readouterr().err == note
+    settings(tmp_path, "shakespeare_char_cpu", "--optimizer", "muon", "--learning-rate", "1e-2")
+    assert capsys.readouterr().err.startswith("note: --muon-learning-rate is 0.02; ")
     settings(tmp_path, "quickstart", "--optimizer", "adamw", "--learning-rate", "1e-3")
     settings(tmp_path, "quickstart", "--optimizer", "muon")
     assert not capsys.readouterr().err
