@@ -61,7 +61,8 @@ class BenchFlags(Config):
     attention and AdamW, eager and under torch.compile. generate: of sampling, beside nanoGPT's
     loop, which has no cache, or Hugging Face's generate, which has one. startup: a whole process to
     its first training step. scaling: training over the number of devices (of a CPU: that it is
-    split into). all: every config that fits, and many shapes (see `all --help`).
+    split into). all: every config that fits, and many shapes (see `all --help`). race: whole runs
+    to a loss (see `race --help`).
 
     Every flag of train_jax.py changes the config's setting for both sides: --batch-size,
     --block-size, --dtype, --device ... (PyTorch's bfloat16 is its autocast.)
@@ -361,7 +362,7 @@ def settings(argv: Sequence[str], prog: str) -> tuple[BenchFlags, list[Job]]:
     mode: Any = named[0]
     others = {"none": [], "hf": ["hf with cache"], "torch": ["torch"]}[options.against]
     if mode not in get_args(Mode):
-        raise UserError(f"cannot measure {mode!r}; expected {prog} {modes}")
+        raise UserError(f"cannot measure {mode!r}; expected {prog} {modes}|all|race")
     if mode == "scaling":
         others = []
     elif mode == "train" and "torch" in others:
