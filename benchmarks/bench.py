@@ -1,6 +1,8 @@
 """Measure gptjax's speed and memory beside PyTorch's.
 
-    python benchmarks/bench.py train|generate|startup|scaling|all [flags]  (or: gptjax bench ...)
+    python benchmarks/bench.py MODE [flags]                   (or: gptjax bench MODE ...)
+
+MODE: train, generate, startup, scaling, all, race.
 
 Each side works in a process of its own (`ours`, `pytorch`), and the sides take turns, so that a
 machine that is slow for a while is slow for all of them: what counts is the ratio, round by round.
@@ -524,15 +526,10 @@ def run(options: BenchFlags, jobs: list[Job], folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str], prog: str = PROG) -> None:
     """Raises UserError, RunError."""
-    if argv[:1] == ["all"]:
-        from benchmarks import sweep  # which uses this module
+    if argv[:1] in (["all"], ["race"]):
+        from benchmarks import race, sweep  # which use this module
 
-        sweep.main(argv[1:], f"{prog} all")
-        return
-    if argv[:1] == ["race"]:
-        from benchmarks import race  # as above
-
-        race.main(argv[1:], f"{prog} race")
+        {"all": sweep, "race": race}[argv[0]].main(argv[1:], f"{prog} {argv[0]}")
         return
     options, jobs = settings(argv, prog)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")

@@ -51,17 +51,6 @@ class Training:
                 model.parameters(), learning_rate=rates.learning_rate, **common
             )
 
-    def set_rates(self, step: int) -> None:
-        """Of the update that follows `step` updates."""
-        rates, rate = self.config.optimizer, torch_gpt.learning_rate(self.config, step)
-        adamw = self.optimizer
-        if rates.kind == "muon":
-            adamw = self.optimizer.adamw
-            for group in self.optimizer.muon.param_groups:
-                group["lr"] = rates.muon_learning_rate * rate / rates.learning_rate
-        for group in adamw.param_groups:
-            group["lr"] = rate
-
     def logits(self, tokens: torch.Tensor, **how: bool) -> torch.Tensor:
         """In bfloat16 where our side computes in it."""
         narrow = self.config.model.dtype == "bfloat16"
@@ -200,7 +189,7 @@ def whole_run(run_dir: Path) -> None:
     for step in range(training.config.max_steps):
         if step % training.runtime.eval_interval == 0:
             training.evaluate()
-        training.set_rates(step)
+        torch_gpt.set_rates(training.optimizer, training.config, step)
         training.step(tokens).item()
         if step == 0:
             print(FIRST_STEP, flush=True)

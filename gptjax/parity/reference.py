@@ -18,7 +18,6 @@ from gptjax.interop import huggingface, parameter_names
 from gptjax.interop.parameter_names import PREFIX, Layout
 from gptjax.interop.tensor_files import optional
 from gptjax.parity import torch_gpt
-from gptjax.parity.torch_gpt import learning_rate
 
 Against = Literal["hf", "nanogpt-style"]
 Precision = Literal["float32", "bfloat16"]
@@ -81,29 +80,22 @@ class Reference:
         common: Any = {
             "betas": (rates.beta1, rates.beta2), "weight_decay": rates.weight_decay,
         }  # fmt: skip
-        adamw = torch_gpt.adamw(parameters.values(), learning_rate=0.0, **common)
-        muon = None
+        optimizer: Any
         if rates.kind == "muon":
-            muon = torch_gpt.Muon(
+            optimizer = torch_gpt.Muon(
                 self.model, learning_rate=0.0, adamw_learning_rate=0.0, beta=rates.muon_beta,
                 iterations=rates.muon_iterations, in_out=self.layout == "in_out", **common,
             )  # fmt: skip
-            adamw = muon.adamw
+        else:
+            optimizer = torch_gpt.adamw(parameters.values(), learning_rate=0.0, **common)
 
         def update(step: int) -> None:
-            for group in adamw.param_groups:
-                group["lr"] = learning_rate(config, step)
+            torch_gpt.set_rates(optimizer, config, step)
             if rates.grad_clip:
                 clip([*parameters.values()], rates.grad_clip)
-            if muon is None:
-                adamw.step()
-                return
-            share = learning_rate(config, step) / rates.learning_rate
-            for group in muon.muon.param_groups:
-                group["lr"] = share * rates.muon_learning_rate
-            # It rounds to bfloat16 whatever it is given, which would hide the errors looked for.
+            # Muon rounds to bfloat16 whatever it is given, which would hide the errors looked for.
             with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
-                muon.step()
+                optimizer.step()
 
         return update
 

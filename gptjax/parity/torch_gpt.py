@@ -154,6 +154,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return least + left * (peak - least)
 
 
+def set_rates(optimizer: "torch.optim.Optimizer | Muon", config: TrainConfig, step: int) -> None:
+    """Those of the update that follows `step` updates."""
+    rate, adamw = learning_rate(config, step), optimizer
+    if isinstance(optimizer, Muon):
+        adamw = optimizer.adamw
+        for group in optimizer.muon.param_groups:
+            rates = config.optimizer
+            group["lr"] = rates.muon_learning_rate * rate / rates.learning_rate
+    assert isinstance(adamw, torch.optim.Optimizer)
+    for group in adamw.param_groups:
+        group["lr"] = rate
+
+
 class Muon:
     """torch.optim.Muon for the blocks' matrices, those of queries, keys and values apart, and
     `adamw` for the rest."""

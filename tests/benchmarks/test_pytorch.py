@@ -99,7 +99,7 @@ def test_rates_follow_the_schedule():
     )
     training = pytorch.Training(TrainConfig(MODEL, optimizer=rates, max_steps=11), RuntimeConfig())
     for step, share in {0: 0.5, 1: 1.0, 6: 0.5, 11: 0.0}.items():
-        training.set_rates(step)
+        torch_gpt.set_rates(training.optimizer, training.config, step)
         found = [
             group["lr"]
             for each in (training.optimizer.adamw, training.optimizer.muon)

@@ -174,8 +174,8 @@ def test_muons_steps_agree(against):
 
 
 def test_another_schedule_is_found_in_the_first_step(monkeypatch):
-    rate = reference.learning_rate
-    monkeypatch.setattr(reference, "learning_rate", lambda config, step: rate(config, step + 1))
+    rate = torch_gpt.learning_rate
+    monkeypatch.setattr(torch_gpt, "learning_rate", lambda config, step: rate(config, step + 1))
     assert first_failure(opened("gpt2").optimizer()).startswith("AdamW step wte")
 
 

@@ -66,7 +66,7 @@ def test_greedy_tokens_are_the_same_with_hugging_faces_cache():
 def test_the_schedule_is_a_linear_rise_and_half_a_cosine():
     rates = OptimizerConfig(learning_rate=1.0, min_lr=0.2, warmup_steps=3)
     config = TrainConfig(optimizer=rates, max_steps=11)
-    found = [reference.learning_rate(config, step) for step in (0, 2, 3, 7, 11, 50)]
+    found = [torch_gpt.learning_rate(config, step) for step in (0, 2, 3, 7, 11, 50)]
     assert found == pytest.approx([0.25, 0.75, 1.0, 0.6, 0.2, 0.2])
 
 
