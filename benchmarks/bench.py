@@ -25,8 +25,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 # Started from anywhere, this measures the checkout that it is part of.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -391,6 +389,8 @@ def vocabulary(config: TrainConfig) -> int:
 
 def write_data(folder: Path, vocab_size: int) -> None:
     """A prepared data set of random tokens: what they say makes no difference to the speed."""
+    import numpy as np  # slow, and not needed to print the help
+
     folder.mkdir()
     counts, random = {"train": 1_000_000, "val": 100_000}, np.random.default_rng(0)
     for split, count in counts.items():

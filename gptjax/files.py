@@ -17,7 +17,6 @@ import shutil
 import socket
 import sys
 import tempfile
-import urllib.request
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,6 +58,8 @@ def path(name: str) -> Path:
 def _reach(bucket: str) -> None:
     """UserError: it cannot be used. gcsfs tries for minutes, and takes any failure for "there is no
     such file"; so it is asked for one name in the bucket, once a server is known to answer."""
+    import urllib.request  # slow, and only needed here
+
     import fsspec  # optional: it comes with gcsfs
 
     # Ask for a listing each time: other processes write there too.

@@ -20,7 +20,8 @@ from gptjax.decode_layout import unstack
 from gptjax.devices import memory, setup
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import RunError, UserError
-from gptjax.generation import GenerationConfig, GrowingText, Overflow, grow, prompt_ids
+from gptjax.generation import GrowingText, grow, prompt_ids
+from gptjax.generation_config import GenerationConfig, Overflow
 from gptjax.model import Params
 from gptjax.runtime_config import RuntimeConfig
 from gptjax.trainer import Callback

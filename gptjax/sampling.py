@@ -19,7 +19,7 @@ from gptjax.cache import Cache, init_cache
 from gptjax.config import ModelConfig
 from gptjax.decode_layout import unstack
 from gptjax.devices.cpu import sampling_compiler_options
-from gptjax.generation import Overflow
+from gptjax.generation_config import Overflow
 from gptjax.hashed_random import gumbel
 from gptjax.logit_threshold import keep_largest
 from gptjax.model import apply, compute_dtype, init

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
 from gptjax.errors import UserError
-from gptjax.generation import GenerationConfig, GrowingText, grow, prompt_ids
+from gptjax.generation import GrowingText, grow, prompt_ids
+from gptjax.generation_config import GenerationConfig
 
 LETTERS = CharTokenizer("\n abcdef")
 BYTES = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})

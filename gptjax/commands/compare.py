@@ -64,6 +64,7 @@ DEFAULTS = [CompareFlags()]
 def main(argv: list[str], prog: str) -> None:
     """Raises UserError; RunError if a number is beyond its tolerance."""
     named, given = flags.parse(CompareFlags(), argv, prog, "RUN")
+    run_dir = terminal.need_run(named[0])
     # JAX and PyTorch are imported when the command runs, not to print its help.
     from gptjax.devices import setup
     from gptjax.parity import compare
@@ -73,7 +74,7 @@ def main(argv: list[str], prog: str) -> None:
     options = config_io.to_dict(given)
     for name in ("verbose", "device"):
         del options[name]
-    comparison = compare.open_comparison(files.path(named[0]), **options)
+    comparison = compare.open_comparison(run_dir, **options)
     print(comparison.title, flush=True)
     rows = comparison.run(terminal.status)
     terminal.status("")

@@ -5,7 +5,6 @@ import dataclasses
 from gptjax import console, files, program
 from gptjax.commands import flags
 from gptjax.config import DataConfig, TokenizerKind
-from gptjax.data import prepare
 from gptjax.settings import Config
 
 
@@ -46,6 +45,8 @@ def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(DataFlags(), argv, prog, "SOURCE")
     config = given.config(named[0])
+    from gptjax.data import prepare  # slow, and not needed to print the help
+
     output = console.make()
     with output.status("finding the text"):
         out = files.path(given.out) if given.out else prepare.default_dir(config)

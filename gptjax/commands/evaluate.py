@@ -55,7 +55,7 @@ def main(argv: list[str], prog: str) -> None:
     named, given = flags.parse(EvaluateFlags(), argv, prog, "RUN")
     if not (given.text or given.split or given.hellaswag):
         raise UserError("on what? give one of --text, --split and --hellaswag")
-    run_dir = files.path(named[0])
+    run_dir = terminal.need_run(named[0])
     # JAX is imported when the command runs, not to print its help.
     import jax
 

@@ -9,7 +9,7 @@ from typing import Literal
 from gptjax import config_io, files
 from gptjax.commands import flags, terminal
 from gptjax.errors import UserError
-from gptjax.generation import GenerationConfig, GrowingText, grow, prompt_ids
+from gptjax.generation_config import GenerationConfig
 from gptjax.runtime_config import DeviceKind
 
 
@@ -67,10 +67,12 @@ def main(argv: list[str], prog: str) -> None:
     if given.topology:
         dry_run(run_dir, given, prompt_text or "\n")
         return
+    terminal.need_run(run_dir)
     # JAX is imported when the command runs, not to print its help.
     from gptjax import run
     from gptjax.decode_layout import unstack
     from gptjax.devices import setup
+    from gptjax.generation import GrowingText, grow, prompt_ids
 
     setup.select_platform(given.device)
     setup.use_compilation_cache(files.cache_dir() / "xla")
@@ -117,6 +119,7 @@ def dry_run(name: str, given: GenerateFlags, prompt: str) -> None:
     from gptjax import dry_run, run_metadata
     from gptjax.data import tokenizers
     from gptjax.devices import setup, topology
+    from gptjax.generation import prompt_ids
 
     setup.select_platform("cpu")
     setup.use_compilation_cache(files.cache_dir() / "xla")

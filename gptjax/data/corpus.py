@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sysconfig
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,6 +160,8 @@ def _standard_library() -> list[Path]:
 
 
 def _shakespeare() -> Path:
+    import urllib.request  # slow, and only needed here
+
     path = files.cache_dir() / "tinyshakespeare.txt"
     try:
         if not path.exists():

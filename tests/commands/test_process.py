@@ -72,7 +72,7 @@ def test_a_full_disk_under_the_output_is_named(command, cache_dir, tmp_path):
 
 def test_a_wrong_variable_of_jax_is_one_clear_line(command):
     for variable in ({"JAX_NUM_CPU_DEVICES": "x"}, {"JAX_ENABLE_COMPILATION_CACHE": "maybe"}):
-        result = command("-m", "gptjax", "evaluate", "run", "--text", "text.txt", **variable)
+        result = command("-m", "gptjax", "train", "--data.dir", "nowhere", **variable)
         helpers.assert_one_clear_line(result, "an environment variable of JAX is wrong", "nvalid")
 
 
