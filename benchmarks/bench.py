@@ -15,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import worker
 from benchmarks.worker import FIRST_STEP, Job, Mode
-from gptjax import config_io
+from gptjax import config_io, machine
 from gptjax.commands import flags, process, terminal
 from gptjax.config import TrainConfig
 from gptjax.errors import RunError, UserError
@@ -401,23 +400,6 @@ def write_data(folder: Path, vocab_size: int) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"kind": "char", "characters": characters}))
 
 
-def cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def machine() -> str:
-    """Processor, cores and memory."""
-    name, memory = platform.processor() or platform.machine(), ""
-    with contextlib.suppress(OSError, StopIteration, IndexError, ValueError):  # not Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        total = int(Path("/proc/meminfo").read_text().split("MemTotal:")[1].split()[0])
-        memory = f", {total / 2**20:.0f} GiB"
-    return f"{name}, {cores()} cores{memory}; Python {platform.python_version()}"
-
-
 def describe(job: Job, name: str) -> str:
     """The settings, in a line; `name`: the config's."""
     config, model, steps = job.config, job.config.model, job.runtime.gradient_accumulation_steps
@@ -504,7 +486,7 @@ def run(options: BenchFlags, jobs: list[Job], folder: Path) -> dict[str, Any]:
     if job.mode == "startup":
         rows = startup(jobs, options, deadline)
     elif job.mode == "scaling":
-        most = cores() if kind == "cpu" else ours["device_count"]
+        most = machine.cores() if kind == "cpu" else ours["device_count"]
         rows = scaling(jobs[0], most, options, deadline)
     else:
         rows = measure(jobs, options, deadline)
@@ -519,8 +501,9 @@ def run(options: BenchFlags, jobs: list[Job], folder: Path) -> dict[str, Any]:
             flops = each["tokens_per_second"][1] * config.model.flops_per_token()
             each["mfu"] = flops / (peak * devices)
     return {
-        "mode": job.mode, "machine": machine(), "setting": describe(jobs[0], options.config),
-        "sides": facts, "rows": rows, "flags": dataclasses.asdict(options),
+        "mode": job.mode, "machine": machine.describe(),
+        "setting": describe(jobs[0], options.config), "sides": facts, "rows": rows,
+        "flags": dataclasses.asdict(options),
     }  # fmt: skip
 
 

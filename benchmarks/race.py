@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import bench, sweep
-from gptjax import config_io
+from gptjax import config_io, machine
 from gptjax.commands import flags, terminal
 from gptjax.data.prepare import prepare
 from gptjax.errors import RunError, UserError
@@ -65,7 +65,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     first, *_ = RECIPES
     chosen = {name: recipe for name, recipe in RECIPES.items() if name in (first, *wanted)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    kept = {"machine": bench.machine(), "commit": sweep.commit(), "recipes": found}
+    kept = {"machine": machine.describe(), "commit": sweep.commit(), "recipes": found}
 
     def keep() -> None:
         if given.json:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str], prog: str) -> None:
                 terminal.status("")
                 print(f"seed {seed}: {name}: {line(found[name][-1])}", flush=True)
                 keep()
-    print("\n".join(["", bench.machine(), *table(found)]))
+    print("\n".join(["", machine.describe(), *table(found)]))
 
 
 def train(side: str, words: str, run_dir: Path, data: Path) -> dict[str, float]:

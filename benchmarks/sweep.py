@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bench
+from gptjax import machine
 from gptjax.commands import flags, terminal
 from gptjax.errors import RunError, UserError
 from gptjax.settings import Config
@@ -75,7 +76,7 @@ def main(argv: Sequence[str], prog: str) -> None:
     if not chosen:
         raise UserError(f"no setting contains {given.only!r}; there are {', '.join(SETTINGS)}")
     reports: dict[str, Any] = {}
-    kept = {"machine": bench.machine(), "commit": commit(), "reports": reports}
+    kept = {"machine": machine.describe(), "commit": commit(), "reports": reports}
     path = folder / f"{datetime.datetime.now():%Y-%m-%d-%H%M}-{kept['commit']}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,11 +149,11 @@ def plot(folder: Path, path: str) -> None:
     kept = [(stem, one) for stem, one in read if "reports" in one]
     if not kept:
         raise UserError(f"no report in {folder}; `bench all` writes one")
-    machine = hardware(kept[-1][1])
+    newest = hardware(kept[-1][1])
     others = len(kept)
-    kept = [(stem, one) for stem, one in kept if hardware(one) == machine]
+    kept = [(stem, one) for stem, one in kept if hardware(one) == newest]
     if others := others - len(kept):
-        print(f"left out: {others} of other machines than {machine}")
+        print(f"left out: {others} of other machines than {newest}")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
@@ -164,7 +165,7 @@ def plot(folder: Path, path: str) -> None:
         ]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    axes.set(title=machine, ylabel="times as fast as PyTorch", yscale="log")
+    axes.set(title=newest, ylabel="times as fast as PyTorch", yscale="log")
     axes.axhline(1, color="black", linewidth=1)
     axes.tick_params(axis="x", rotation=30)
     axes.grid(visible=True, alpha=0.3)

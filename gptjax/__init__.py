@@ -28,12 +28,14 @@ _PUBLIC = {
     "init_cache": "cache",
     "Callback": "trainer",
     "MetricsLog": "metrics",
+    "History": "history",
     "ProgressDisplay": "progress",
     "Samples": "progress",
     "Run": "run",
     "load": "run",
     "train": "run",
     "from_pretrained": "run",
+    "untrained": "run",
 }
 
 __all__ = ["__version__", *_PUBLIC]

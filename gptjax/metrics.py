@@ -4,51 +4,15 @@ import contextlib
 import json
 import os
 import time
-from pathlib import Path
-from typing import Any
 
 from gptjax import config_io, files
 from gptjax.devices import setup
 from gptjax.errors import RunError, UserError, first_line
+from gptjax.run_logs import FIELDS, read_metrics
 from gptjax.trainer import Callback, Row, Trainer
-
-FIELDS = (
-    "step", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds",
-    "time", "goodput",
-)  # fmt: skip
-"""As `trainer.Row`; `seconds` of all processes of the run; `time`: when, in seconds since 1970; and
-`goodput`, the share of the time since the first row that was training which still counts: not
-evaluating, saving, compiling, waiting for a machine, or steps that were lost and taken again."""
 
 BUCKET_INTERVAL = 15
 """Seconds between two writes of metrics.jsonl to a bucket."""
-
-
-def read(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl. A last line cut short by a crash is left out. Raises UserError
-    if there is no such file, or a line before the last is damaged."""
-    lines, rows = files.read_text(path).splitlines(), list[Row]()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break  # cut short
-            row = None
-        if not _is_row(row):
-            raise UserError(f"{path}, line {number} is damaged; remove it")
-        rows.append(row)
-    return rows
-
-
-def _is_row(row: Any) -> bool:
-    """A whole step, and numbers (that a float holds) or null elsewhere."""
-    return (
-        isinstance(row, dict)
-        and type(row.get("step")) is int
-        and all(type(row.get(f)) in (int, float, type(None)) for f in FIELDS)
-        and all(-(2**63) < row[f] < 2**63 for f in FIELDS if type(row.get(f)) is int)
-    )
 
 
 class MetricsLog(Callback):
@@ -62,7 +26,7 @@ class MetricsLog(Callback):
         start = trainer.start
         # The row of a step that is to be evaluated again is not there yet, or will be replaced.
         last = start.step - (1 if start.unfinished else 0)
-        rows = read(self._path) if self._path.exists() else []
+        rows = read_metrics(self._path) if self._path.exists() else []
         reached = rows[-1]["step"] if rows and not start.step else 0
         runtime = trainer.runtime
         with contextlib.suppress(UserError, OSError):  # as it was, rather than as it will be

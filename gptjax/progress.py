@@ -172,7 +172,7 @@ class Samples(Callback):
     def _say_sample(self, trainer: Trainer, step: int) -> None:
         if trainer.runtime.sample_tokens:
             self._display.begin("sampling")
-            sample = trainer.sample()
+            sample = trainer.sample(step)
             self._display.begin("")
             self._display.say(f"\nsample after step {step}:\n{sample}\n")
 

@@ -14,7 +14,7 @@ import numpy as np
 from gptjax import files, launch, model, numerics, resume, run_metadata, sampling, train_step
 from gptjax.checkpoint import on_one_device
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.data import tokenizers
+from gptjax.data import prepare, tokenizers
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.decode_layout import unstack
 from gptjax.devices import memory, setup
@@ -28,6 +28,9 @@ from gptjax.trainer import Callback
 
 Text = str | Sequence[int] | np.ndarray
 """A text, or token ids [T] or [B, T]."""
+
+RECORDED = (model.Block, nn.Dense, nn.LayerNorm)
+"""The modules whose outputs are the `activations`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -168,6 +171,21 @@ class Run:
         found = np.asarray(_attention(self._decoding_params, tokens, self.config))
         return found if np.ndim(text) == 2 else found[0]
 
+    @numerics.standard()
+    def activations(self, text: Text) -> dict[str, np.ndarray]:
+        """What the network computes on its way to the logits, in float32.
+
+        Named as the parameters that make it: "embedding" [T, C], the sum of token and position; in
+        each layer i "h.i.ln_1", "h.i.attn.c_attn" [T, 3 C] (query, key and value of all heads, side
+        by side), "h.i.attn.weights" [H, T, T], "h.i.attn.joined" [T, C] (the heads' outputs),
+        "h.i.attn.c_proj", "h.i.ln_2", "h.i.mlp.c_fc" [T, 4 C], "h.i.mlp.hidden" (after GELU),
+        "h.i.mlp.c_proj", and "h.i", the residual stream after the layer; "ln_f"; "logits" [T, V].
+        For ids [B, T] each has a leading axis B.
+        """
+        found = _activations(self._decoding_params, self._tokens(text), self.config)
+        arrays = {name: np.asarray(array) for name, array in found.items()}
+        return arrays if np.ndim(text) == 2 else {name: x[0] for name, x in arrays.items()}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model and its tokenizer as Hugging Face's files, for
         `transformers.AutoModelForCausalLM.from_pretrained`.
@@ -217,19 +235,39 @@ def _logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array
 
 @functools.partial(jax.jit, static_argnames="config")
 def _attention(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
-    """[B, L, H, T, T], from the attention weights that the model hands to its dropout. `params`:
-    unstacked, so that there is a call of the block for every layer."""
-    weights: list[jax.Array] = []
+    """[B, L, H, T, T]."""
+    found = _activations(params, tokens, config)
+    return jnp.stack([found[f"h.{i}.attn.weights"] for i in range(config.n_layer)], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _activations(params: Params, tokens: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
+    """As `Run.activations`, of [B, T] tokens. `params`: unstacked, so that there is a call of the
+    block for every layer."""
+    found: dict[str, jax.Array] = {}
 
     def keep(next_method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        attends = isinstance(context.module, model.CausalSelfAttention)
-        if attends and context.method_name == "dropout" and args[0].ndim == 4:
-            weights.append(args[0].astype(jnp.float32))
-        return next_method(*args, **kwargs)
+        given: Any = args[0] if args else None
+        name = ".".join(context.module.path).replace("h_", "h.", 1)
+        out = next_method(*args, **kwargs)
+        if context.method_name == "__call__" and isinstance(context.module, RECORDED):
+            record(name, out[0] if isinstance(out, tuple) else out)
+            if name.endswith("c_proj"):
+                own = "joined" if name.endswith("attn.c_proj") else "hidden"
+                record(name.replace("c_proj", own), given)
+        if context.method_name == "dropout" and isinstance(context.module, model.GPT):
+            record("embedding", given)
+        if context.method_name == "dropout" and given.ndim == 4:
+            record(f"{name}.weights", given)
+        return out
+
+    def record(name: str, x: jax.Array) -> None:
+        shape = x.shape if x.ndim > 2 else (*tokens.shape, x.shape[-1])
+        found[name] = x.reshape(shape).astype(jnp.float32)
 
     with nn.intercept_methods(keep):
-        model.apply(config, params, tokens)
-    return jnp.stack(weights, axis=1)
+        found["logits"] = model.apply(config, params, tokens)[0]
+    return found
 
 
 @numerics.standard()
@@ -261,6 +299,20 @@ def load(
     return Run(
         config, loaded.params, tokenizer, loaded.step, metadata.config, metadata.data_fingerprint
     )
+
+
+@numerics.standard()
+def untrained(config: TrainConfig) -> Run:
+    """A model with the weights that training would begin with, and its tokenizer.
+
+    Raises:
+        UserError: there is no text to make a tokenizer of.
+    """
+    tokenizer = prepare.make_tokenizer(config.data)
+    shape = config.model.replace(vocab_size=config.model.vocab_size or tokenizer.n_vocab)
+    shape = setup.resolve_dtype(shape)
+    params = model.init(shape, train_step.random_key(config.seed))
+    return Run(shape, params, tokenizer, experiment=config)
 
 
 @numerics.standard()

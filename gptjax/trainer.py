@@ -63,6 +63,9 @@ class Callback:
     def on_evaluate(self, trainer: "Trainer", row: Row, best: bool) -> None:
         """`row` has a `val_loss`; a checkpoint, if one is due, has been started."""
 
+    def on_sample(self, trainer: "Trainer", step: int, text: str) -> None:
+        """The model of `step` steps has continued a line end so."""
+
     def on_save(self, trainer: "Trainer", step: int) -> None:
         """A checkpoint is about to be written."""
 
@@ -172,8 +175,8 @@ class Trainer:
             )
         return nats / count
 
-    def sample(self) -> str:
-        """Text that continues a line end."""
+    def sample(self, step: int) -> str:
+        """Text that continues a line end, for the callbacks too."""
         tokenizer, model = self.dataset.tokenizer, self.config.model
         pieces = sampling.generate(
             unstack(self.strategy.for_sampling(self.state.params), model),
@@ -187,7 +190,9 @@ class Trainer:
         # All hosts take part: where the model is sharded, none can compute a token alone.
         until_stop = itertools.takewhile(lambda _: not self._signal(), pieces)
         ids = np.concatenate([np.zeros(0, int), *(piece[0] for piece in until_stop)])
-        return tokenizer.decode(ids.tolist())
+        text = tokenizer.decode(ids.tolist())
+        self._call("on_sample", step, text)
+        return text
 
     def _signal(self) -> int:
         """The largest stop signal of all hosts. A collective: all must call it."""

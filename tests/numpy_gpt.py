@@ -10,23 +10,33 @@ from gptjax.config import ModelConfig
 
 def forward(config: ModelConfig, params, tokens) -> tuple[np.ndarray, np.ndarray]:
     """(logits [T, V], attention weights [L, H, T, T]) of int tokens [T]; blocks stacked in "h"."""
+    seen = activations(config, params, tokens)
+    looks = [seen[f"h.{layer}.attn.weights"] for layer in range(config.n_layer)]
+    return seen["logits"], np.array(looks)
+
+
+def activations(config: ModelConfig, params, tokens) -> dict[str, np.ndarray]:
+    """Everything on the way, of int tokens [T], named as the parameters that make it."""
     leaf = dict(_leaves(params))
     wte, length = leaf["wte"], len(tokens)
-    x = wte[np.asarray(tokens)] + _positions(config, leaf)[:length]
-    looks = []
+    seen = {"embedding": wte[np.asarray(tokens)] + _positions(config, leaf)[:length]}
+    x = seen["embedding"]
     for layer in range(config.n_layer):
         block = {n[2:]: v[layer] for n, v in leaf.items() if n.startswith("h/")}
         banded = config.attention_pattern[layer % len(config.attention_pattern)] == "banded"
-        reach = config.attention_window if banded else length
-        y, weights = _attention(config, block, _norm(x, block, "ln_1"), reach)
-        looks.append(weights)
-        x = x + y
-        hidden = _gelu(_linear(_norm(x, block, "ln_2"), block, "mlp/c_fc"), config.gelu)
-        x = x + _linear(hidden, block, "mlp/c_proj")
+        own = {"ln_1": _norm(x, block, "ln_1")}
+        own |= _attention(config, block, own["ln_1"], config.attention_window if banded else length)
+        middle = x + own["attn.c_proj"]
+        own["ln_2"] = _norm(middle, block, "ln_2")
+        own["mlp.c_fc"] = _linear(own["ln_2"], block, "mlp/c_fc")
+        own["mlp.hidden"] = _gelu(own["mlp.c_fc"], config.gelu)
+        own["mlp.c_proj"] = _linear(own["mlp.hidden"], block, "mlp/c_proj")
+        x = seen[f"h.{layer}"] = middle + own["mlp.c_proj"]
+        seen |= {f"h.{layer}.{name}": array for name, array in own.items()}
     if config.n_layer:
-        x = _norm(x, leaf, "ln_f")
+        x = seen["ln_f"] = _norm(x, leaf, "ln_f")
     head = wte if config.tied_head else leaf["lm_head"]
-    return (x @ head.T)[:, : config.vocab_size], np.array(looks)
+    return seen | {"logits": (x @ head.T)[:, : config.vocab_size]}
 
 
 def logits(config: ModelConfig, params, tokens) -> np.ndarray:
@@ -96,4 +106,7 @@ def _attention(config, block, x, reach):
             scores = np.exp(k[seen, part] @ q[t, part] / math.sqrt(size))
             weights[head, t, seen] = scores / scores.sum()
         heads.append(weights[head] @ v[:, part])
-    return _linear(np.concatenate(heads, axis=-1), block, "attn/c_proj"), weights
+    joined = np.concatenate(heads, axis=-1)
+    out = {"c_attn": qkv, "weights": weights, "joined": joined}
+    out["c_proj"] = _linear(joined, block, "attn/c_proj")
+    return {f"attn.{name}": array for name, array in out.items()}

@@ -30,7 +30,7 @@ def trainer_at(step=0, notes=(), **more):
         start=types.SimpleNamespace(step=step, notes=list(notes), unfinished=None, origin="new"),
         first_step_seconds=None,
         stopped_by=0,
-        sample=lambda: "[red]hello",
+        sample=lambda step: "[red]hello",
         **more,
     )
 
@@ -181,7 +181,7 @@ def test_what_stays_on_a_terminal_fits_it(display, terminal, capsys, monkeypatch
     terminal(columns)
     monkeypatch.setattr(progress, "SCROLLBACK_SECONDS", 0.0)
     trainer = trainer_at(notes=["note: " + "some words " * 30])
-    trainer.sample = lambda: "a line of the sample, " * 9 + "\n  indented"
+    trainer.sample = lambda step: "a line of the sample, " * 9 + "\n  indented"
     display.on_start(trainer)
     display.on_step(trainer, row(10))
     Samples(display).on_evaluate(trainer, {"step": 50}, False)

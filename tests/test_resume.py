@@ -13,7 +13,7 @@ from helpers import assert_same_run, largest_gap, logged
 from tiny_runs import Recorder
 
 import gptjax
-from gptjax import metrics, resume, run_metadata
+from gptjax import resume, run_logs, run_metadata
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import ModelConfig, OptimizerConfig
 from gptjax.data import token_files
@@ -52,7 +52,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny, train_tiny, copy):
     # The rest of what the other run told.
     assert recorder.events == ["start", *tiny.recorder.events[12:]]
     assert_same_run(copy, tiny.run_dir, 12)
-    times = [row["seconds"] for row in metrics.read(copy / "metrics.jsonl")]
+    times = [row["seconds"] for row in run_logs.read_metrics(copy / "metrics.jsonl")]
     assert times == sorted(times)
 
 

@@ -14,6 +14,7 @@ from helpers import TEXT
 from small_models import assert_bitwise, random_params
 
 import gptjax
+from gptjax import train_step
 from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
 from gptjax.errors import UserError
@@ -90,6 +91,34 @@ def test_attention_weights_are_numpys(run, pattern):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
     assert np.array_equal(run.attention(CHARS.encode(LINE[:16])[None])[0], found)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"bias": False, "tied_head": False}, {"position": "sinusoidal", "gelu": "tanh"}]
+)
+def test_activations_are_numpys(change):
+    config = ModelConfig(3, 2, 16, 16, 44).replace(change)
+    run = gptjax.Run(config, random_params(config), CHARS)
+    ids = CHARS.encode(LINE[:9])
+    expected = numpy_gpt.activations(config, run.params, ids)
+    found = run.activations(LINE[:9])
+    assert {name: x.shape for name, x in found.items()} == {
+        name: x.shape for name, x in expected.items()
+    }
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], atol=3e-5, err_msg=name)
+    both = run.activations(np.stack([ids, ids[::-1]]))
+    assert both["h.1.attn.weights"].shape == (2, 2, 9, 9)
+    np.testing.assert_allclose(both["h.2"][0], found["h.2"], atol=1e-6)
+
+
+def test_an_untrained_model_is_where_training_begins(tiny, tmp_path):
+    config = tiny.config.replace({"data.source": str(tiny.run_dir.parent / "text.txt")})
+    run = gptjax.untrained(config)
+    experiment = tiny.run.experiment
+    assert_bitwise(run.params, train_step.init_state(experiment).params)
+    assert run.tokenizer.state() == tiny.run.tokenizer.state()
+    assert run.config == tiny.run.config and run.step == 0
 
 
 def test_the_likeliest_text_is_numpys(run):

@@ -145,6 +145,6 @@ def test_a_stop_before_the_first_step_leaves_no_checkpoint(tiny, train_tiny, tmp
 
 def test_a_sample_is_text_of_the_asked_length(tiny):
     trainer = tiny.recorder.trainer
-    text = trainer.sample()
-    assert len(text) == trainer.runtime.sample_tokens and trainer.sample() == text
+    text = trainer.sample(12)
+    assert len(text) == trainer.runtime.sample_tokens and trainer.sample(12) == text
     assert re.search("[a-z]", text)

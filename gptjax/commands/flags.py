@@ -133,6 +133,12 @@ def text(flag: str, value: str) -> str:
     return files.decode(os.fsencode(value), flag)
 
 
+def unescape(text: str) -> str:
+    """A shell passes \\n on as two characters; \\\\ is a backslash."""
+    spelled = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: spelled[found[1]], text)
+
+
 def show_help(defaults: Sequence[Any], prog: str, positional: str = "") -> None:
     """Print what the flags are, and end (SystemExit)."""
     usage = f"{prog} {positional.replace('RUN', 'RUN|--run-dir=RUN', 1)}".rstrip()

@@ -1,7 +1,6 @@
 """gptjax generate [RUN]: continue a prompt with a trained model."""
 
 import dataclasses
-import re
 import sys
 import time
 from typing import Literal
@@ -86,7 +85,7 @@ def main(argv: list[str], prog: str) -> None:
         raise UserError(f"{error}{hint}") from None
     if prompt_text is None:
         prompt_text = model.tokenizer.decode(prompt.tolist())
-    stops = [unescape(flags.text("--stop", text)) for text in given.stop]
+    stops = [flags.unescape(flags.text("--stop", text)) for text in given.stop]
     eot = None if given.ignore_end_of_text else model.tokenizer.eot
     # Not `run.generate`: this needs no second copy of the weights, and counts the tokens.
     tokens = run.tokens(
@@ -142,12 +141,6 @@ def dry_run(name: str, given: GenerateFlags, prompt: str) -> None:
     )  # fmt: skip
 
 
-def unescape(text: str) -> str:
-    """A shell passes \\n on as two characters; \\\\ is a backslash."""
-    spelled = {"n": "\n", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nt\\])", lambda found: spelled[found[1]], text)
-
-
 def read_prompt(given: GenerateFlags) -> str | None:
     """The prompt's text, from the flag, a file or standard input; None where there is none.
 
@@ -156,6 +149,8 @@ def read_prompt(given: GenerateFlags) -> str | None:
     """
     name = given.prompt_file
     if name is None:
-        return None if given.prompt is None else unescape(flags.text("--prompt", given.prompt))
+        return (
+            None if given.prompt is None else flags.unescape(flags.text("--prompt", given.prompt))
+        )
     what = f"--prompt-file {name}"
     return files.read_stdin(what) if name == "-" else files.read_text(files.path(name), what)

@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "import GPT-2 or nanoGPT weights; export a run",
     "evaluate": "loss and perplexity on a text, or accuracy on HellaSwag",
     "compare": "compare a run's numbers with PyTorch's",
+    "explain": "follow a text through a model, step by step",
     "report": "draw loss curves",
     "bench": "measure speed and memory beside PyTorch's",
     "runs": "list the runs in a folder",

@@ -1,4 +1,4 @@
-"""gptjax report RUN ...: draw loss curves."""
+"""gptjax report RUN ...: how training went, as a page or a picture."""
 
 import dataclasses
 
@@ -9,14 +9,20 @@ from gptjax.settings import Config
 
 @dataclasses.dataclass(frozen=True)
 class ReportFlags(Config):
-    """Draw the training and validation loss of one or more runs over their steps."""
+    """Show how one or more runs went: losses over steps, tokens and time, speeds, samples, settings
+    and what differs between them."""
 
     out: str | None = None
-    """The picture to write; its ending chooses the format (without one: .png). None: loss.png in
-    the (first) run."""
+    """The file to write; its ending chooses the format: .html a page that is complete in itself,
+    .png, .svg or .pdf a picture of the losses. None: report.html in the (first) run."""
+    live: bool = False
+    """Instead, show the page on this machine and keep it up to date, until Ctrl-C."""
+    port: int = 0
+    """Of the live page; 0 takes a free one."""
 
     def problems(self) -> list[str]:
-        return ["--out is empty"] * (self.out == "")
+        out = ["--out is empty"] * (self.out == "") + self._check_ints(0, "port")
+        return out + ["--live shows a page; leave out --out"] * (self.live and self.out is not None)
 
 
 DEFAULTS = [ReportFlags()]
@@ -26,9 +32,18 @@ def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(ReportFlags(), argv, prog, "RUN ...")
     run_dirs = [files.path(name) for name in named]
-    out = files.path(given.out) if given.out else run_dirs[0] / "loss.png"
-    out = out if out.suffix else out.with_name(f"{out.name}.png")
-    from gptjax.viz import report  # JAX is not needed to print the help
+    # Slow libraries are not needed to print the help.
+    from gptjax.viz import page, picture, report
 
-    report.draw(run_dirs, out)
-    print(f"drew {out}")
+    if given.live:
+        from gptjax.viz import live
+
+        live.serve(run_dirs, given.port)
+        return
+    out = files.path(given.out) if given.out else run_dirs[0] / "report.html"
+    out = out if out.suffix else out.with_name(f"{out.name}.html")
+    if out.suffix in (".html", ".htm"):
+        page.write(out, report.to_html(report.gather(run_dirs)))
+    else:
+        picture.draw(run_dirs, out)
+    print(f"wrote {out}")

@@ -38,6 +38,7 @@ def main(argv: list[str], prog: str) -> None:
         return
     # JAX is imported when the command runs, not to print its help.
     from gptjax import launch
+    from gptjax.history import History
     from gptjax.metrics import MetricsLog
     from gptjax.profile import Profile
     from gptjax.progress import ProgressDisplay, Samples
@@ -45,7 +46,7 @@ def main(argv: list[str], prog: str) -> None:
 
     stop, display = StopSignal(), ProgressDisplay()
     with contextlib.closing(stop), contextlib.closing(display):
-        callbacks = [stop, MetricsLog(), display, Samples(display), Profile()]
+        callbacks = [stop, MetricsLog(), History(), display, Samples(display), Profile()]
         trainer = launch.train(
             config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
             console=console.make(),

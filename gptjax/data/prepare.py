@@ -202,6 +202,15 @@ def _survey(
     return characters, marks, tokenizer or Gpt2Tokenizer()
 
 
+def make_tokenizer(config: DataConfig) -> Tokenizer:
+    """The tokenizer that `prepare` would make for this text. Raises as `prepare`."""
+    if config.tokenizer == "gpt2":
+        return Gpt2Tokenizer()
+    paths = corpus.find_files(config.source)
+    pieces = corpus.read_pieces(paths, None, config.end_of_text)
+    return _survey(config, pieces, sum(path.stat().st_size for path in paths), None)[2]
+
+
 def _encode(
     pieces: Iterator[str | None], n_train: int, tokenizer: Tokenizer
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:

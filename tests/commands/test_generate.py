@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gptjax import run
-from gptjax.commands import generate
+from gptjax.commands import flags
 from gptjax.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_bad_input_is_named(moved, gptjax, tmp_path, argv, words):
 
 
 def test_line_ends_tabs_and_backslashes_are_spelled_as_in_c():
-    assert generate.unescape(r"a\nb\t\\n \x") == "a\nb\t\\n \\x"
+    assert flags.unescape(r"a\nb\t\\n \x") == "a\nb\t\\n \\x"
 
 
 def test_a_stop_text_is_not_taken_for_the_run(moved, gptjax):

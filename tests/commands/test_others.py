@@ -95,16 +95,59 @@ def test_runs_without_any_says_so(gptjax, tmp_path):
         gptjax("runs", ".")
 
 
-def test_report_draws_into_the_run_or_where_it_is_told(trained, gptjax, tmp_path):
-    pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
+def test_report_writes_a_page_into_the_run_or_what_it_is_told(trained, gptjax, tmp_path):
+    for library in ("matplotlib", "plotly", "jinja2"):
+        pytest.importorskip(library, reason="reports need the extra viz")
     shutil.copytree(trained[0], tmp_path / "run")
-    assert gptjax("report", "run") == "drew run/loss.png\n"
-    assert (
-        gptjax("report", "run", "--out", "pic") == "drew pic.png\n"
-        and (tmp_path / "pic.png").exists()
+    assert gptjax("report", "run") == "wrote run/report.html\n"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    (shown,) = json.loads(page.split('id="data">')[1].split("</script>")[0])["runs"]
+    assert shown["rows"]["val_loss"] == [row["val_loss"] for row in helpers.logged(trained[0])]
+    assert shown["starts"][0]["machine"]
+    assert gptjax("report", "run", "--run-dir", "run", "--out", "both.svg") == "wrote both.svg\n"
+    assert "<svg" in (tmp_path / "both.svg").read_text()
+    with pytest.raises(UserError, match="leave out --out"):
+        gptjax("report", "run", "--live", "--out", "x.html")
+
+
+@pytest.mark.parametrize("name", ["run", "fresh.py"])
+def test_explain_walks_through_a_run_or_an_untrained_config(
+    trained, gptjax, text_file, tmp_path, name
+):
+    pytest.importorskip("jinja2", reason="pages need the extra viz")
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "fresh.py").write_text(
+        "from gptjax.config import *\n"
+        "config = TrainConfig(ModelConfig(2, 2, 16, 16), DataConfig('text.txt'))"
     )
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert gptjax("report", "run", "--run-dir", "run", "--out", "both.svg") == "drew both.svg\n"
+    out = gptjax("explain", name, "--prompt", "now is", "--out", "walk.html")
+    assert "14. Every shape on the way" in out and out.endswith("wrote walk.html\n")
+    assert ("untrained" in out) == (name != "run")
+    assert "now is" in (tmp_path / "walk.html").read_text()
+
+
+def test_explain_follows_an_imported_model(trained, gptjax, tmp_path):
+    gptjax("convert", "export", trained[0], "hf")
+    ours, again = (gptjax("explain", name, "--prompt", "now is") for name in (trained[0], "hf"))
+    numbers = re.compile(r"-?\d+\.\d+")
+    assert len(numbers.findall(ours)) > 200
+    assert numbers.findall(ours) == numbers.findall(again)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["nope"], "there is no run nope, and no config file nope"),
+        (["RUN", "--prompt", "n"], "at least two tokens"),
+        (["RUN", "--prompt", "caf\u00e9"], "is not one of the 44 characters"),
+        (["RUN", "--prompt", "now is the winter of"], "20 tokens do not fit"),
+        (["RUN", "--prompt", "now", "--out", "."], "it is a folder"),
+    ],
+)
+def test_explain_refuses_bad_input(trained, gptjax, argv, words):
+    with pytest.raises(UserError, match=words):
+        gptjax("explain", *(trained[0] if x == "RUN" else x for x in argv))
 
 
 def test_data_prepares_a_text_for_training(gptjax, text_file, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gptjax.errors import RunError, UserError
-from gptjax.viz import report
+from gptjax.viz import picture
 
 pytest.importorskip("matplotlib", reason="drawing needs matplotlib")
 
@@ -19,21 +19,21 @@ def run_dir(tmp_path):
 
 
 def test_a_run_is_drawn_in_the_format_of_the_name(run_dir):
-    report.draw([run_dir], run_dir / "loss.png")
-    picture = (run_dir / "loss.png").read_bytes()
-    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
-    report.draw([run_dir, run_dir], run_dir / "both.svg")
+    picture.draw([run_dir], run_dir / "loss.png")
+    drawn = (run_dir / "loss.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG") and len(drawn) > 5000
+    picture.draw([run_dir, run_dir], run_dir / "both.svg")
     assert "<svg" in (run_dir / "both.svg").read_text()
 
 
 def test_what_cannot_be_drawn_is_one_clear_line(run_dir):
     for out, words in (("x.foo", "cannot draw .*x.foo"), ("..", "it is a folder")):
         with pytest.raises(UserError, match=words):
-            report.draw([run_dir], run_dir / out)
+            picture.draw([run_dir], run_dir / out)
     with pytest.raises(RunError, match=r"cannot write .*: No such file"):
-        report.draw([run_dir], run_dir / "nope" / "x.png")
+        picture.draw([run_dir], run_dir / "nope" / "x.png")
     with pytest.raises(UserError, match=r"nope/metrics\.jsonl"):
-        report.draw([run_dir / "nope"], run_dir / "x.png")
+        picture.draw([run_dir / "nope"], run_dir / "x.png")
     (run_dir / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="has no losses yet"):
-        report.draw([run_dir], run_dir / "x.png")
+        picture.draw([run_dir], run_dir / "x.png")

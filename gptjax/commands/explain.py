@@ -1,0 +1,73 @@
+"""gptjax explain [RUN]: what a model computes of a text, step by step."""
+
+import dataclasses
+from typing import Literal
+
+from gptjax import config_io, console, files
+from gptjax.commands import flags, terminal
+from gptjax.errors import UserError
+from gptjax.runtime_config import DeviceKind
+from gptjax.settings import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainFlags(Config):
+    """Walk through a model with a text of your own: tokens, embeddings, attention, what comes next,
+    with the model's real numbers. RUN is a run's folder (runs/quickstart, if none is named), GPT-2
+    in Hugging Face's format or nanoGPT's ckpt.pt, or a config, whose model is untrained then."""
+
+    prompt: str = "Every effort moves you"
+    """The text to follow; \\n, \\t and \\\\ are understood."""
+    out: str | None = None
+    """Write a page (.html) as well, where every head's attention can be looked at."""
+    checkpoint: str = "best"
+    """Of a run: best (lowest validation loss), latest, or a step."""
+    unknown: Literal["error", "skip"] = "error"
+    """What to do with characters of the prompt that the tokenizer does not know."""
+    seed: int = 1337
+    """Of an untrained model's weights."""
+    device: DeviceKind = "auto"
+    """Kind of device to run on."""
+
+    def problems(self) -> list[str]:
+        return self._check_ints(0, "seed") + ["--out is empty"] * (self.out == "")
+
+
+DEFAULTS = [ExplainFlags()]
+
+
+def main(argv: list[str], prog: str) -> None:
+    """Raises UserError, RunError."""
+    named, given = flags.parse(ExplainFlags(), argv, prog, "[RUN]")
+    name = named[0] if named else "runs/quickstart"
+    folder = files.path(name)
+    is_run, config = terminal.is_run(folder), None
+    if not is_run and (folder.suffix == ".py" or not folder.exists()):
+        try:
+            config = config_io.load_config(name)[0].replace(seed=given.seed)
+        except UserError as error:
+            raise UserError(f"there is no run {name}, and {error}") from None
+    # JAX is imported when the command runs, not to print its help.
+    from gptjax import run
+    from gptjax.devices import setup
+    from gptjax.viz import explain, page, walk
+
+    setup.select_platform(given.device)
+    setup.use_compilation_cache(files.cache_dir() / "xla")
+    terminal.status(f"loading {name} ...")
+    if config:
+        model = run.untrained(config)
+    else:
+        model = run.load(name, given.checkpoint) if is_run else run.from_pretrained(name)
+    prompt = flags.unescape(flags.text("--prompt", given.prompt))
+    if given.unknown == "skip":
+        prompt = model.tokenizer.decode(model.tokenizer.encode(prompt, skip_unknown=True).tolist())
+    sections = walk.walk(model, prompt)
+    terminal.status("")
+    explain.show(model, name, sections, console.make())
+    if given.out:
+        out = files.path(given.out)
+        page.write(out, explain.to_html(model, name, prompt, sections))
+        print(f"wrote {out}")
+    else:
+        print("every head's attention, to look at: --out explain.html")

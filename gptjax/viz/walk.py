@@ -1,0 +1,575 @@
+"""One text's way through a model, step by step, with the model's own numbers.
+
+`walk` says what there is to see as sections of plain blocks; `explain` prints them, or makes a page
+of them. Letters in shapes: T tokens, V vocabulary, C n_embd, H heads, D head size, L layers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gptjax.data import corpus
+from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
+from gptjax.errors import UserError
+from gptjax.layers import LAYER_NORM_EPSILON, sinusoids
+from gptjax.run import Run
+
+FEW = 6
+"""Numbers of a vector that are shown."""
+MOST_TOKENS = 128
+"""Of a prompt: a page holds the weights of all heads."""
+PIECES_FROM = 300_000
+"""Characters of the built-in text that the example of sub-word pieces is learned from."""
+
+
+class Guess(NamedTuple):
+    """A token that may follow, and how likely it is."""
+
+    token: str
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of texts and numbers."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    """str, int, float or Guess; None is an empty cell."""
+    caption: str = ""
+    heat: Literal["", "share", "signed"] = ""
+    """How numbers are coloured on a page: a share of 1, or by sign and size."""
+    digits: int = 2
+    """Of floats, after the point."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """One number for each label, 0 or more."""
+
+    labels: Sequence[str]
+    values: Sequence[float]
+    caption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What all heads look at."""
+
+    tokens: Sequence[str]
+    weights: np.ndarray
+    """float32 [L, H, T, T]; rows sum to 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One step of the way."""
+
+    title: str
+    text: Sequence[str]
+    """Paragraphs, before the blocks."""
+    blocks: Sequence[Table | Bars | Heads]
+
+
+def walk(run: Run, prompt: str) -> list[Section]:
+    """The sections, in the order in which the model computes.
+
+    Raises:
+        UserError: the prompt is empty, too long for the model, or has unknown characters.
+    """
+    ids = run.tokenizer.encode(prompt)
+    if len(ids) < 2:
+        raise UserError("explaining takes a prompt of at least two tokens")
+    if len(ids) > MOST_TOKENS:
+        raise UserError(f"{len(ids)} tokens are more than can be looked at; give {MOST_TOKENS}")
+    if not run.config.n_layer:
+        raise UserError("a model without layers has no attention to explain")
+    seen = run.activations(ids)
+    step = _Walk(run, prompt, ids, seen, [shown(run.tokenizer, i) for i in ids])
+    return [
+        step.text_into_tokens(), step.ids_and_targets(), step.embedding(), step.dropout(),
+        step.layer_norm(), step.averages(), step.one_head(), step.all_heads(), step.joined(),
+        step.mlp(), step.residual_stream(), step.next_token(), step.logit_lens(), step.shapes(),
+    ]  # fmt: skip
+
+
+def shown(tokenizer: Tokenizer, id_: int) -> str:
+    """A token as it is printed: with visible white space."""
+    text = tokenizer.decode([int(id_)])
+    for char, sign in ((" ", "\u2423"), ("\n", "\u23ce"), ("\t", "\u21e5"), ("\r", "\u240d")):
+        text = text.replace(char, sign)
+    return text if text and text.isprintable() and "\ufffd" not in text else f"[{id_}]"
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    wide = np.exp(x - x.max(-1, keepdims=True))
+    return wide / wide.sum(-1, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """The steps. Each is a section."""
+
+    run: Run
+    prompt: str
+    ids: np.ndarray
+    seen: dict[str, np.ndarray]
+    tokens: list[str]
+
+    def _row(self, label: str, vector: np.ndarray) -> list[Any]:
+        return [label, *map(float, vector[:FEW]), "..." if len(vector) > FEW else None]
+
+    def _few(self, *labels: str) -> list[str]:
+        width = min(FEW, self.run.config.n_embd)
+        return [*labels, *map(str, range(width)), ""]
+
+    def _param(self, *path: str) -> np.ndarray:
+        """A parameter, of the first layer if it has several."""
+        found: Any = self.run.params
+        for name in path:
+            found = found[name]
+        array = np.asarray(found, np.float32)
+        return array[0] if path[0] == "h" else array
+
+    def text_into_tokens(self) -> Section:
+        known: list[tuple[str, int | None, list[str]]] = [
+            ("bytes", 256, [f"{byte:02x}" for byte in self.prompt.encode()]),
+        ]
+        own = self.run.tokenizer
+        characters = own.n_vocab if own.kind == "char" else len(set(self.prompt))
+        known.append(("characters", characters, [_visible(char) for char in self.prompt]))
+        for name, tokenizer in _examples(own):
+            if tokenizer is None:
+                known.append((name, None, []))
+            else:
+                split = [shown(tokenizer, i) for i in tokenizer.encode(self.prompt)]
+                known.append((name, tokenizer.n_vocab, split))
+        rows = [
+            [name, size, len(split) or None, " ".join(split) or "not on this machine"]
+            for name, size, split in known
+        ]
+        kinds = {"char": "characters", "gpt2": "GPT-2's byte-pair encoding"}
+        return Section(
+            "Text becomes tokens",
+            [
+                "A network computes with numbers, so a text is cut into tokens, and each kind of"
+                " token has a number. There is a choice to make: few kinds of token make long"
+                " sequences, many kinds make short ones, but a larger table to learn.",
+                f"This model reads {kinds.get(own.kind, 'sub-word pieces')}:"
+                f" {own.n_vocab:,} kinds of token. The prompt is {len(self.ids)} of them.",
+            ],
+            [Table(["cut into", "kinds", "tokens here", "the prompt"], rows)],
+        )
+
+    def ids_and_targets(self) -> Section:
+        decode, rows = self.run.tokenizer.decode, []
+        for i in range(1, min(len(self.ids), FEW)):
+            context = _visible(decode(self.ids[:i].tolist()))
+            rows.append([i, context, self.tokens[i], int(self.ids[i])])
+        return Section(
+            "Each token is predicted from those before it",
+            [
+                "The ids are what the model sees. From one text of T tokens it learns T - 1 times"
+                " at once: at every position, what comes next?",
+            ],
+            [
+                Table(["position", *map(str, range(len(self.ids)))],
+                      [["token", *self.tokens], ["id", *map(int, self.ids)]]),
+                Table(["", "context", "target", "id"], rows),
+            ],
+        )  # fmt: skip
+
+    def embedding(self) -> Section:
+        config = self.run.config
+        wte = self._param("wte")[: config.vocab_size]
+        learned = config.position == "learned"
+        wpe = self._param("wpe") if learned else sinusoids(config.block_size, config.n_embd)
+        rows = []
+        for i in range(min(3, len(self.ids))):
+            token, position = wte[self.ids[i]], wpe[i]
+            rows += [
+                self._row(f"token {self.tokens[i]}", token),
+                self._row(f"position {i}", position),
+                self._row("sum", token + position),
+            ]
+        unit = wte / np.maximum(np.linalg.norm(wte, axis=1, keepdims=True), 1e-12)
+        near = unit @ unit[self.ids[0]]
+        order = np.argsort(-near)[1 : FEW + 1]
+        how = "learned too" if learned else "fixed waves of different lengths"
+        return Section(
+            "A token and its position become a vector",
+            [
+                f"Row {int(self.ids[0])} of the token table [{config.vocab_size:,} x"
+                f" {config.n_embd}] belongs to “{self.tokens[0]}”. A second table has a row for"
+                f" each of the {config.block_size:,} positions ({how}). Their sum knows both what"
+                " stands there and where.",
+                "The rows begin as random directions. What training has brought together can be"
+                " seen by the cosine of the angle between two: 1 is the same direction, 0 a right"
+                " angle.",
+            ],
+            [
+                Table(self._few(""), rows, "the first numbers of each vector", "signed"),
+                Table(
+                    ["nearest to", *(shown(self.run.tokenizer, i) for i in order)],
+                    [[self.tokens[0], *map(float, near[order])]],
+                    "cosine of the angle", "signed",
+                ),
+            ],
+        )  # fmt: skip
+
+    def dropout(self) -> Section:
+        x, rate = self.seen["embedding"][0], self.run.config.dropout
+        kept = np.random.default_rng(0).random(len(x)) >= 0.5
+        own = f"This model was trained with a rate of {rate:.0%}." if rate else (
+            "This model is trained without dropout."
+        )  # fmt: skip
+        return Section(
+            "Dropout: in training only, some numbers are zeroed",
+            [
+                "So that the network relies on no single number, training sets a random share of"
+                " them to zero and scales the others up, which keeps their sum as it was. Below"
+                f" it is half of them: of {len(x)} numbers {int((~kept).sum())} are dropped here."
+                f" {own} When it writes, nothing is dropped.",
+            ],
+            [
+                Table(
+                    self._few(""),
+                    [
+                        self._row(f"before, {self.tokens[0]}", x),
+                        ["kept?", *("yes" if keep else "no" for keep in kept[:FEW]), None],
+                        self._row("after", np.where(kept, x * 2, 0)),
+                    ],
+                    heat="signed",
+                )
+            ],
+        )
+
+    def layer_norm(self) -> Section:
+        x, out = self.seen["embedding"], self.seen["h.0.ln_1"]
+        mean, var = x.mean(-1), x.var(-1)
+        norm = (x - mean[:, None]) / np.sqrt(var + LAYER_NORM_EPSILON)[:, None]
+        rows = [
+            [token, *map(float, (mean[i], var[i], norm[i].mean(), norm[i].var(), out[i].std()))]
+            for i, token in enumerate(self.tokens[: 2 * FEW])
+        ]
+        return Section(
+            "LayerNorm: each token's vector is brought to one scale",
+            [
+                "Before each part of a block, every token's vector is shifted to mean 0 and scaled"
+                " to variance 1; then each of its numbers gets a learned gain"
+                + (" and shift." if self.run.config.bias else "."),
+            ],
+            [
+                Table(
+                    ["token", "mean before", "variance before", "mean after", "variance after",
+                     "spread with gain"],
+                    rows, digits=4,
+                )
+            ],
+        )  # fmt: skip
+
+    def averages(self) -> Section:
+        size = min(5, len(self.tokens))
+        names = self.tokens[:size]
+        even = np.tril(np.ones((size, size))) / np.arange(1, size + 1)[:, None]
+        real = self.seen["h.0.attn.weights"][0, :size, :size]
+
+        def triangle(weights: np.ndarray, caption: str) -> Table:
+            rows = [
+                [names[i], *(float(w) if j <= i else None for j, w in enumerate(weights[i]))]
+                for i in range(size)
+            ]
+            return Table(["", *names], rows, caption, "share")
+
+        return Section(
+            "Looking back, at its simplest: a plain average",
+            [
+                "A token may look at itself and at those before it, never ahead: that would be"
+                " reading the answer. The simplest way is to average them, each with the same"
+                " weight. As a matrix that is a triangle whose rows sum to 1: the softmax of"
+                " zeros, with what lies ahead masked by minus infinity.",
+                "Attention puts weights there that depend on the text: the second triangle is what"
+                " the first head of this model does with the same tokens.",
+            ],
+            [triangle(even, "averages"), triangle(real, "layer 0, head 0")],
+        )
+
+    def one_head(self) -> Section:
+        config, last = self.run.config, len(self.ids) - 1
+        layer = 0
+        weights = self.seen[f"h.{layer}.attn.weights"]
+        head = int(np.argmax(weights[:, -1].max(-1)))  # the most decided one
+        size = config.head_size
+        q, k, v = (
+            part[:, head * size : (head + 1) * size]
+            for part in np.split(self.seen[f"h.{layer}.attn.c_attn"], 3, axis=-1)
+        )
+        scores = k @ q[last]
+        rows = [
+            [token, *map(float, (scores[j], scores[j] / math.sqrt(size), weights[head, last, j]))]
+            for j, token in enumerate(self.tokens)
+        ]
+        vectors = [
+            self._row(f"query of {self.tokens[last]}", q[last]),
+            *(self._row(f"key of {self.tokens[j]}", k[j]) for j in {0, last}),
+            self._row("sum of weight x value", weights[head, last] @ v),
+        ]
+        width = [""] + [str(i) for i in range(min(FEW, size))] + [""]
+        return Section(
+            f"One head by hand: layer {layer}, head {head}",
+            [
+                "Three matrices make of each token's vector a query (what am I looking for?), a key"
+                f" (what do I offer?) and a value (what do I pass on?), {size} numbers each. The"
+                " product of a query and a key is how well they match; divided by the root of"
+                f" {size} it does not grow with the size of the head, and softmax makes shares of"
+                " it. (Where a head looks at a few tokens only, those farther back are masked.)",
+                f"Below, “{self.tokens[last]}”, the last token, looks back. What the head passes on"
+                " is the sum of the values, each times its weight.",
+            ],
+            [
+                Table(width, vectors, "the first numbers", "signed"),
+                Table(["looks at", "query x key", f"/ \u221a{size}", "weight"], rows, digits=3),
+            ],
+        )
+
+    def all_heads(self) -> Section:
+        config = self.run.config
+        weights = np.stack([self.seen[f"h.{i}.attn.weights"] for i in range(config.n_layer)])
+        back = np.arange(len(self.ids))
+        entropy = -(weights[:, :, -1] * np.log(np.maximum(weights[:, :, -1], 1e-12))).sum(-1)
+        rows = []
+        for layer in range(config.n_layer):
+            for head in range(config.n_head):
+                row = weights[layer, head, -1]
+                at = int(row.argmax())
+                mean = float((row * (back[-1] - back)).sum())
+                spread = float(np.exp(entropy[layer, head]))
+                rows.append([f"{layer}.{head}", self.tokens[at], float(row[at]), mean, spread])
+        return Section(
+            "What every head looks at",
+            [
+                f"The model has {config.n_layer} layers of {config.n_head} heads. Each has learned"
+                " to look for something else: the token before, the last space, the same token"
+                f" further back. Here is where “{self.tokens[-1]}” looks.",
+            ],
+            [
+                Heads(self.tokens, weights),
+                Table(
+                    ["layer.head", "looks most at", "weight", "tokens back, on average",
+                     "tokens in effect (exp of entropy)"],
+                    rows,
+                ),
+            ],
+        )  # fmt: skip
+
+    def joined(self) -> Section:
+        config = self.run.config
+        x, joined = self.seen["embedding"], self.seen["h.0.attn.joined"]
+        added = self.seen["h.0.attn.c_proj"]
+        rows = [
+            [token, *(float(np.linalg.norm(part[i])) for part in (x, joined, added, x + added))]
+            for i, token in enumerate(self.tokens[: 2 * FEW])
+        ]
+        return Section(
+            "The heads are joined, and their finding is added",
+            [
+                f"{config.n_head} heads of {config.head_size} numbers side by side are"
+                f" {config.n_embd} again. One more matrix mixes them, and the result is added to"
+                " what the token was before, rather than put in its place. That way every layer"
+                " only has to learn what to change, and gradients reach the first one undamped.",
+            ],
+            [
+                Table(
+                    ["token", "before", "heads joined", "added", "after"], rows,
+                    "length of each vector, layer 0",
+                )
+            ],
+        )  # fmt: skip
+
+    def mlp(self) -> Section:
+        config = self.run.config
+        before, hidden = self.seen["h.0.mlp.c_fc"], self.seen["h.0.mlp.hidden"]
+        out = self.seen["h.0.mlp.c_proj"]
+        last = len(self.ids) - 1
+        active = [
+            float((self.seen[f"h.{i}.mlp.c_fc"] > 0).mean()) for i in range(config.n_layer)
+        ]  # fmt: skip
+        return Section(
+            "The MLP: wider, through GELU, and back",
+            [
+                "Attention moved information between tokens; now each token works on its own. Its"
+                f" vector is widened from {config.n_embd} to {4 * config.n_embd} numbers, passed"
+                " through GELU (which passes positive numbers and mutes negative ones), and brought"
+                f" back to {config.n_embd}. The result is added, as before.",
+            ],
+            [
+                Table(
+                    self._few("", "size"),
+                    [
+                        ["in", config.n_embd, *self._row("", self.seen["h.0.ln_2"][last])[1:]],
+                        ["widened", 4 * config.n_embd, *self._row("", before[last])[1:]],
+                        ["after GELU", 4 * config.n_embd, *self._row("", hidden[last])[1:]],
+                        ["out", config.n_embd, *self._row("", out[last])[1:]],
+                    ],
+                    f"the first numbers of {self.tokens[last]} in layer 0", "signed",
+                ),
+                Bars([f"layer {i}" for i in range(config.n_layer)], active,
+                     "share of the widened numbers that are positive"),
+            ],
+        )  # fmt: skip
+
+    def residual_stream(self) -> Section:
+        config = self.run.config
+
+        def size(x: np.ndarray) -> float:
+            return float(np.linalg.norm(x, axis=-1).mean())
+
+        labels, sizes = ["embedding"], [size(self.seen["embedding"])]
+        rows = []
+        for i in range(config.n_layer):
+            labels.append(f"after layer {i}")
+            sizes.append(size(self.seen[f"h.{i}"]))
+            attention = self.seen[f"h.{i}.attn.c_proj"]
+            rows.append([f"layer {i}", size(attention), size(self.seen[f"h.{i}.mlp.c_proj"])])
+        return Section(
+            "The residual stream grows with depth",
+            [
+                "Every layer adds to the stream, so its vectors grow; each LayerNorm brings what it"
+                " reads back to one scale.",
+            ],
+            [
+                Bars(labels, sizes, "mean length of the tokens' vectors"),
+                Table(["", "added by attention", "added by the MLP"], rows),
+            ],
+        )
+
+    def next_token(self) -> Section:
+        shares = _softmax(self.seen["logits"])
+        rows, nats = [], []
+        for i, token in enumerate(self.tokens):
+            best = np.argsort(-shares[i], kind="stable")[:5]
+            guesses = [Guess(shown(self.run.tokenizer, j), float(shares[i, j])) for j in best]
+            real: list[Any] = [None, None]
+            if i + 1 < len(self.ids):
+                share = float(shares[i, self.ids[i + 1]])
+                nats.append(-math.log(max(share, 1e-45)))
+                real = [Guess(self.tokens[i + 1], share), f"{nats[-1]:.2f}"]
+            rows.append([token, *guesses, *real])
+        mean, size = float(np.mean(nats)), self.run.config.vocab_size or 0
+        return Section(
+            "What comes next?",
+            [
+                "A last LayerNorm, and a product with "
+                + ("the token table once more" if self.run.config.tied_head else "a matrix")
+                + f" gives a score (logit) for each of the {size:,} kinds of token; softmax makes"
+                " probabilities of them. Here are the five likeliest to follow each token, and what"
+                " really followed.",
+                f"The loss is the mean of -log(probability): {mean:.3f} nats a token on this"
+                f" prompt. Guessing evenly would be log({size:,}) = {math.log(size):.3f}.",
+            ],
+            [Table(["after", "1st", "2nd", "3rd", "4th", "5th", "what came", "-log p"], rows)],
+        )
+
+    def logit_lens(self) -> Section:
+        config = self.run.config
+        norm = {name: self._param("ln_f", name) for name in self.run.params["ln_f"]}
+        head = self._param("wte" if config.tied_head else "lm_head")[: config.vocab_size]
+        tail = slice(max(0, len(self.ids) - FEW), None)
+        rows = []
+        stages = ["embedding", *(f"h.{i}" for i in range(config.n_layer))]
+        for stage in stages:
+            x = self.seen[stage][tail]
+            x = x - x.mean(-1, keepdims=True)
+            x = x / np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPSILON)
+            shares = _softmax((x * norm["scale"] + norm.get("bias", 0)) @ head.T)
+            best = shares.argmax(-1)
+            name = "embedding" if stage == "embedding" else f"after layer {stage[2:]}"
+            guesses = (
+                Guess(shown(self.run.tokenizer, j), float(share[j]))
+                for j, share in zip(best, shares, strict=True)
+            )
+            rows.append([name, *guesses])
+        return Section(
+            "How the guess forms, layer by layer",
+            [
+                "The final LayerNorm and head can read the stream after any layer, as if the model"
+                " ended there (the logit lens, nostalgebraist 2020). The last row is what it says"
+                " in the end.",
+            ],
+            [Table(["", *(f"after {token}" for token in self.tokens[tail])], rows)],
+        )
+
+    def shapes(self) -> Section:
+        config, t = self.run.config, len(self.ids)
+        c, v, layers = config.n_embd, config.vocab_size or 0, config.n_layer
+        h, d = config.n_head, config.head_size
+        counts = _counts(self.run.params)
+        rows: list[list[Any]] = [
+            ["token ids", f"(1, {t})", None],
+            ["token embedding", f"(1, {t}, {c})", counts["wte"]],
+            ["+ position embedding", f"(1, {t}, {c})", counts.get("wpe", 0)],
+            [f"each of {layers} layers: LayerNorm", f"(1, {t}, {c})", counts["ln_1"]],
+            ["  queries, keys, values", f"3 x (1, {h}, {t}, {d})", counts["attn.c_attn"]],
+            ["  weights", f"(1, {h}, {t}, {t})", None],
+            ["  heads", f"(1, {h}, {t}, {d})", None],
+            ["  joined, mixed, added", f"(1, {t}, {c})", counts["attn.c_proj"]],
+            ["  LayerNorm", f"(1, {t}, {c})", counts["ln_2"]],
+            ["  MLP, wide", f"(1, {t}, {4 * c})", counts["mlp.c_fc"]],
+            ["  MLP, back, added", f"(1, {t}, {c})", counts["mlp.c_proj"]],
+            ["LayerNorm", f"(1, {t}, {c})", counts["ln_f"]],
+            ["logits", f"(1, {t}, {v})", counts.get("lm_head", 0)],
+            ["all", None, sum(counts.values())],
+        ]
+        tied = " The head has none of its own: it is the token table." if config.tied_head else ""
+        return Section(
+            "Every shape on the way",
+            [
+                "(batch, tokens, numbers of each), and the parameters that each step has; those of"
+                f" the layers are for all {layers} together.{tied}",
+            ],
+            [Table(["step", "shape", "parameters"], rows)],
+        )
+
+
+def _visible(text: str) -> str:
+    return text.replace(" ", "\u2423").replace("\n", "\u23ce").replace("\t", "\u21e5")
+
+
+def _counts(params: Any) -> dict[str, int]:
+    """How many numbers each part has: {"wte": ..., "attn.c_attn": ..., ...}."""
+    found: dict[str, int] = {}
+
+    def add(tree: Any, path: tuple[str, ...]) -> None:
+        if hasattr(tree, "items"):
+            for name, inner in tree.items():
+                add(inner, (*path, name))
+            return
+        names = [name for name in path if name not in ("h", "kernel", "bias", "scale")]
+        found[".".join(names)] = found.get(".".join(names), 0) + int(tree.size)
+
+    add(params, ())
+    return found
+
+
+def _examples(own: Tokenizer) -> Iterable[tuple[str, Tokenizer | None]]:
+    """Sub-word tokenizers to compare with: the model's own, or ones that are at hand."""
+    if own.kind == "sentencepiece":
+        yield "pieces", own
+    else:
+        paths = corpus.find_files("builtin")
+        pieces = corpus.read_pieces(paths, "\n", None)
+        text, taken = [], 0
+        while taken < PIECES_FROM:
+            text.append(next(pieces) or "")
+            taken += len(text[-1])
+        yield "pieces, of Python's library", SentencePieceTokenizer.train(text, 512)
+    if own.kind == "gpt2":
+        yield "GPT-2's pieces", own
+    else:
+        try:
+            yield "GPT-2's pieces", Gpt2Tokenizer()
+        except UserError:
+            yield "GPT-2's pieces", None

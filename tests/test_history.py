@@ -1,0 +1,54 @@
+"""history.jsonl: starts, samples and ends, through a resume."""
+
+import pytest
+import tiny_runs
+
+from gptjax import run_logs
+from gptjax.errors import RunError, UserError
+from gptjax.history import History
+
+
+def events(run_dir):
+    found = run_logs.read_history(run_dir / "history.jsonl")
+    return [(event["event"], event["step"]) for event in found]
+
+
+class Sampler(tiny_runs.Recorder):
+    """Asks for a sample at each evaluation, as the command does."""
+
+    def on_evaluate(self, trainer, row, best):
+        if row["step"]:
+            trainer.sample(row["step"])
+
+
+def test_a_run_and_its_resume_are_one_history(tmp_path, train_tiny):
+    config = tiny_runs.make_config(tmp_path)
+    run_dir = tmp_path / "run"
+    recorder = Sampler(stop_after=6)
+    train_tiny(config, run_dir, recorder, callbacks=[History()])
+    stopped = recorder.trainer.checkpoints.latest_step
+    assert events(run_dir) == [("start", 0), ("sample", 4), ("end", stopped)]
+    train_tiny(config, run_dir, Sampler(), callbacks=[History()])
+    assert events(run_dir)[3:] == [("start", stopped), ("sample", 8), ("sample", 12), ("end", 12)]
+    start = run_logs.read_history(run_dir / "history.jsonl")[0]
+    assert start["bytes_per_token"] == 1.0  # characters of ASCII
+    assert start["tokenizer"].startswith("char, 44 ids (")
+    assert "cores" in start["machine"] and "cpu" in start["devices"].lower()
+
+
+def test_a_history_that_cannot_be_written_is_an_error(tmp_path, train_tiny):
+    history = History()
+    history._path, history._events = tmp_path / "nope" / "history.jsonl", []
+    with pytest.raises(RunError, match=r"cannot write .*history\.jsonl: No such file"):
+        history.on_sample(None, 3, "text")
+
+
+def test_a_damaged_history_is_read_or_refused(tmp_path):
+    path = tmp_path / "history.jsonl"
+    assert run_logs.read_history(path) == []
+    path.write_text('{"event": "start", "step": 0, "time": 1.0}\n{"event": "sam')
+    assert events(tmp_path) == [("start", 0)]  # the last line is cut short
+    for line in ("[]", '{"event": "sample", "step": 1, "time": 0}', '{"event": "end"}'):
+        path.write_text(f"{line}\n")
+        with pytest.raises(UserError, match=r"history\.jsonl, line 1 is damaged"):
+            run_logs.read_history(path)
