@@ -31,6 +31,7 @@ _PUBLIC = {
     "History": "history",
     "ProgressDisplay": "progress",
     "Samples": "progress",
+    "Trackers": "trackers.callback",
     "Run": "run",
     "load": "run",
     "train": "run",

@@ -33,6 +33,10 @@ class RunError(UserError):
     exit_code = 1
 
 
+class Diverged(RunError):
+    """Training came to numbers that are not finite."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; XLA and its runtimes say so in several ways."""
     words = r"RESOURCE_EXHAUSTED|out of memory|bad_alloc|failed to allocate"

@@ -11,6 +11,7 @@ from gptjax.settings import INT_LIMIT, Config
 
 DeviceKind = Literal["auto", "cpu", "gpu", "tpu"]
 StrategyKind = Literal["pmap", "shard_map", "fsdp"]
+TrackerKind = Literal["tensorboard", "wandb", "trackio"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,13 @@ class RuntimeConfig(Config):
     sample_tokens: int = 300
     """Tokens of the sample printed after each evaluation; 0 prints none."""
 
+    track: tuple[TrackerKind, ...] = ()
+    """Also give losses, speed, samples and settings to tensorboard, wandb, trackio, or several of
+    them. (Each takes the extra of its name.)"""
+    watch: int | None = None
+    """Steps between norms of each parameter and of its gradient, for what --track names. Each time
+    costs about a step. None: never."""
+
     profile_steps: str | None = None
     """Trace these steps into RUN_DIR/profile, for TensorBoard or xprof: 10:15."""
     debug_nans: bool = False
@@ -134,13 +142,15 @@ class RuntimeConfig(Config):
         out = self._check_ints(0, "sample_tokens")
         out += self._check_ints(1, "gradient_accumulation_steps", "log_interval", "eval_interval")
         out += self._check_ints(
-            1, "eval_batches", "save_interval", "keep_checkpoints", "keep_every"
+            1, "eval_batches", "save_interval", "keep_checkpoints", "keep_every", "watch"
         )
         out += self._check_ints(1, "num_devices")
         if self.num_devices and self.num_devices > 1024:
             out.append(f"num_devices {self.num_devices} must be at most 1024")
         if self.run_dir == "":
             out.append("run_dir is empty; name a folder")
+        if self.watch and not self.track:
+            out.append("watch is for a tracker; add --track tensorboard, wandb or trackio")
         if self.topology is not None and not self.dry_run:
             out.append("topology is for a dry run; add --dry-run")
         if self.profile_steps is not None and not 0 < self.profiled()[0] <= self.profiled()[1]:

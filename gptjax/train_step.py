@@ -91,6 +91,24 @@ def train_step(
         The new state, and float32 scalars: `train_loss` of this batch before the update,
         `grad_norm` before clipping, and `learning_rate`.
     """
+    mean_loss, grads, shared = gradients(state, batch, config, compute, axis_name)
+    metrics = {
+        "train_loss": mean_loss,
+        "grad_norm": sharding.norm(grads, shared),
+        "learning_rate": optim.learning_rate(config, state.step),
+    }
+    return apply_gradients(state, grads, config, metrics["grad_norm"], shared), metrics
+
+
+def gradients(
+    state: TrainState,
+    batch: Batch,
+    config: TrainConfig,
+    compute: ComputeConfig = ComputeConfig(),
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[jax.Array, Params, Any]:
+    """(float32 [], the mean loss of a step's batch; its gradient; along which axes a device has
+    parts of that); arguments as for `train_step`."""
     # The key follows from (seed, step), so no key is ever saved.
     key = jax.random.fold_in(random_key(config.seed), state.step)
 
@@ -113,12 +131,7 @@ def train_step(
         # Before clipping: the norm is that of the whole batch's gradient.
         mean_loss = jax.lax.pmean(mean_loss, axis_name)
         grads = sharding.average(grads, shared, axis_name)
-    metrics = {
-        "train_loss": mean_loss,
-        "grad_norm": sharding.norm(grads, shared),
-        "learning_rate": optim.learning_rate(config, state.step),
-    }
-    return apply_gradients(state, grads, config, metrics["grad_norm"], shared), metrics
+    return mean_loss, grads, shared
 
 
 def apply_gradients(

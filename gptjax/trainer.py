@@ -24,7 +24,7 @@ from gptjax.data.token_files import Dataset
 from gptjax.decode_layout import unstack
 from gptjax.devices import cpu, hosts, memory, setup
 from gptjax.devices.strategy import get_strategy
-from gptjax.errors import RunError, UserError
+from gptjax.errors import Diverged, UserError
 from gptjax.evaluation import window_loss
 from gptjax.generation import prompt_ids
 from gptjax.run_metadata import CheckpointMetadata
@@ -54,6 +54,9 @@ class Callback:
 
     def on_note(self, trainer: "Trainer", text: str) -> None:
         """Something that the user should know."""
+
+    def before_step(self, trainer: "Trainer", step: int) -> None:
+        """Step number `step` is about to be taken, from `trainer.state`."""
 
     def on_step(self, trainer: "Trainer", row: Row) -> None:
         """A step is done, and evaluated if that was due. (Unless it was, accelerators are working
@@ -169,7 +172,7 @@ class Trainer:
             params = jax.tree.map(hosts.whole, self.strategy.for_sampling(self.state.params))
             name = nonfinite.leaf(params)
             why = f": the last update made {name} so" if name else ""
-            raise RunError(
+            raise Diverged(
                 f"the validation loss became {nats}{why}; {self.checkpoints.last_saved()};"
                 f" {slower(self.config)}"
             )
@@ -288,6 +291,7 @@ class Trainer:
                 self._before.pop(step - 2, None)
                 params = self.strategy.for_sampling(self.state.params)
                 self._before[step] = jax.tree.map(jnp.copy, params)
+            self._call("before_step", step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):  # for `profile`
                 self.state, metrics = self._train_step(self.state, batch, self.stop())
             if first:
@@ -303,7 +307,7 @@ class Trainer:
             if not math.isfinite(row[name]):
                 why = f": {self._why_not_finite(step)}" if step in self._before else ""
                 more = "" if why else "; --debug-nans names the operation that did it"
-                raise RunError(
+                raise Diverged(
                     f"{name} became {row[name]} at step {step}{why};"
                     f" {self.checkpoints.last_saved()}; {slower(self.config)}{more}"
                 )

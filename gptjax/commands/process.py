@@ -52,10 +52,21 @@ OUT_OF_MEMORY = (
 
 def start(command: Callable[[list[str], str], None], prog: str) -> NoReturn:
     """`run`, as the whole process."""
-    if code := run(command, prog):
+    code = run(command, prog)
+    if code or _skips_farewell.is_set():
         # Python's farewell would crash where XLA's threads are still at work.
         interrupts.leave(code, streams=(sys.stdout, sys.stderr))
     sys.exit()
+
+
+def skip_farewell() -> None:
+    """The process shall end as soon as its command has: some library's part of Python's farewell
+    may take for ever."""
+    _skips_farewell.set()
+    if peer_failure.PeerMonitor.active:
+        import jax
+
+        jax.distributed.shutdown()  # so that the other hosts need not wait
 
 
 def run(command: Callable[[list[str], str], None], prog: str) -> int:
@@ -155,6 +166,7 @@ def _allow_open_files() -> None:
 # A hangup before training just ends it.
 _SIGNALS = tuple(number for number in interrupts.STOP_SIGNALS if number != signal.SIGHUP)
 _stopped_by, _unwound = threading.Event(), threading.Event()
+_skips_farewell = threading.Event()
 
 UNWINDING = 3.0
 """Seconds from a signal's exception to the end of the command. Some code swallows any exception."""

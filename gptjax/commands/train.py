@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import config_io, console, files, first_edition, program
-from gptjax.commands import flags, terminal
+from gptjax.commands import flags, process, terminal
 from gptjax.config import FINETUNE, TrainConfig
 from gptjax.errors import UserError
 from gptjax.runtime_config import RuntimeConfig
@@ -36,21 +36,7 @@ def main(argv: list[str], prog: str) -> None:
     if print_config:
         print(config_io.run_settings_json(config, runtime))
         return
-    # JAX is imported when the command runs, not to print its help.
-    from gptjax import launch
-    from gptjax.history import History
-    from gptjax.metrics import MetricsLog
-    from gptjax.profile import Profile
-    from gptjax.progress import ProgressDisplay, Samples
-    from gptjax.signals import StopSignal
-
-    stop, display = StopSignal(), ProgressDisplay()
-    with contextlib.closing(stop), contextlib.closing(display):
-        callbacks = [stop, MetricsLog(), History(), display, Samples(display), Profile()]
-        trainer = launch.train(
-            config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
-            console=console.make(),
-        )  # fmt: skip
+    trainer = run(config, runtime, tokenizer)
     if trainer and trainer.stopped_by:
         step = trainer.checkpoints.latest_step
         kept = " before the first step" if step is None else f"; saved step {step}"
@@ -60,12 +46,38 @@ def main(argv: list[str], prog: str) -> None:
         sys.exit(128 + trainer.stopped_by)
 
 
-def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfig, Any, bool]:
+def run(config: TrainConfig, runtime: RuntimeConfig, tokenizer: Any) -> Any:
+    """`launch.train`, with all that listens to it."""
+    # JAX is imported when the command runs, not to print its help.
+    from gptjax import launch
+    from gptjax.history import History
+    from gptjax.metrics import MetricsLog
+    from gptjax.profile import Profile
+    from gptjax.progress import ProgressDisplay, Samples
+    from gptjax.signals import StopSignal
+    from gptjax.trackers.callback import Trackers
+
+    stop, display, trackers = StopSignal(), ProgressDisplay(), Trackers()
+    with contextlib.closing(stop), contextlib.closing(display), contextlib.closing(trackers):
+        callbacks = [stop, MetricsLog(), History(), display, Samples(display), Profile(), trackers]
+        trainer = launch.train(
+            config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
+            console=console.make(),
+        )  # fmt: skip
+    if trackers.hangs:
+        process.skip_farewell()
+    return trainer
+
+
+def read_settings(
+    argv: list[str], prog: str, parent: str = "runs"
+) -> tuple[TrainConfig, RuntimeConfig, Any, bool]:
     """(the experiment, its circumstances, the tokenizer of the weights that the run resumes or
     starts from, whether only to print the settings).
 
     The settings are those of the config file, or of the existing run, or for fine-tuning
     (--init-from), or the quickstart's; changed by the flags; with the architecture of the weights.
+    A run that has no folder yet gets one in `parent`.
 
     Raises:
         UserError: something about them is wrong, or there is no text to train on.
@@ -110,7 +122,7 @@ def read_settings(argv: list[str], prog: str) -> tuple[TrainConfig, RuntimeConfi
         )
     from gptjax import resume  # JAX, see `main`
 
-    run_dir = runtime.run_dir or f"runs/{name}"
+    run_dir = runtime.run_dir or f"{parent}/{name}"
     config, tokenizer = resume.adopt_weights(config, run_dir)
     return config, runtime.replace({"run_dir": run_dir}), tokenizer, own.print_config
 

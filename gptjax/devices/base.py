@@ -76,6 +76,11 @@ class Strategy(abc.ABC):
         """This host's rows [R, ...] as an argument of a mapped function, which finds [rows, ...]
         there, or [accumulation_steps, rows, ...]. `abstract`: only shape and sharding."""
 
+    def batch(self, windows: np.ndarray, accumulation_steps: int, **options: bool) -> Batch:
+        """This host's windows [R, T + 1] of a step's batch, as `distribute` makes them."""
+        parts = windows, row_numbers(len(windows))
+        return Batch(*(self.distribute(x, accumulation_steps, **options) for x in parts))
+
     def abstract_state(self, shapes: Any) -> Any:
         """A state in the layout for training, of `jax.ShapeDtypeStruct`."""
         return self.targets(shapes)
@@ -104,10 +109,9 @@ class TrainStep:
         return self._mapped(state, *self._inputs(windows, stop))
 
     def _inputs(self, windows: np.ndarray, stop: int, **options: bool) -> tuple[Batch, Any]:
-        distribute = self._strategy.distribute
-        rows = row_numbers(len(windows))
-        parts = (distribute(x, self._accumulation_steps, **options) for x in (windows, rows))
-        return Batch(*parts), distribute(self._strategy.signal(stop), **options)
+        strategy = self._strategy
+        batch = strategy.batch(windows, self._accumulation_steps, **options)
+        return batch, strategy.distribute(strategy.signal(stop), **options)
 
     def compile(self, state: Any, windows: np.ndarray) -> Any:
         """The program for these arguments, which the first call takes then."""

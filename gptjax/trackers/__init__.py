@@ -1,0 +1,1 @@
+"""What a run reports, also in TensorBoard, Weights & Biases or Trackio."""
