@@ -129,7 +129,7 @@ class DataConfig(Config):
     source: str | None = "builtin"
     """builtin (the Python standard library's own source), shakespeare (downloaded once), or a file
     of text or of JSON (.jsonl; field `text`), a folder, or a glob of them. None: still to be named,
-    as for imported weights."""
+    as for imported weights. As a flag also --data."""
     tokenizer: TokenizerKind = "char"
     """char: one token a character; gpt2: GPT-2's byte-pair encoding; sentencepiece: a model
     trained on the text itself."""

@@ -79,8 +79,9 @@ def read(
         if renamed and name in renamed:
             name = renamed[name]
             first_edition.notice(f"{flag} is called --{name.replace('_', '-')} now")
-        if f"{name}.kind" in kinds:
-            name += ".kind"
+        for main in ("kind", "source"):  # --optimizer muon, --data my.txt
+            if f"{name}.{main}" in kinds:
+                name += f".{main}"
         if name not in kinds and last_parts.count(name) == 1:
             name = list(kinds)[last_parts.index(name)]
         values = [value] if equals else _following(kinds.get(name), rest)
