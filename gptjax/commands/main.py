@@ -23,6 +23,8 @@ COMMANDS = {
     "report": "draw loss curves",
     "bench": "measure speed and memory beside PyTorch's",
     "runs": "list the runs in a folder",
+    "suggest": "suggest a model and settings for a text, this machine and some time",
+    "sweep": "train with several values of one setting, and compare",
 }
 """Each is a module here: `main(argv, prog)` runs it, `DEFAULTS` are the objects of its flags."""
 

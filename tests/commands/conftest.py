@@ -41,10 +41,16 @@ def small_flags():
     return SMALL
 
 
+@pytest.fixture(scope="session")
+def gptjax_in(cache_dir):
+    """Run a command in a folder: (folder, *argv) -> what it prints."""
+    return lambda folder, *argv: call(folder, cache_dir, *argv)
+
+
 @pytest.fixture
-def gptjax(tmp_path, cache_dir):
+def gptjax(tmp_path, gptjax_in):
     """Run a command in `tmp_path`."""
-    return lambda *argv: call(tmp_path, cache_dir, *argv)
+    return lambda *argv: gptjax_in(tmp_path, *argv)
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,8 @@ from gptjax.commands import (
     process,
     report,
     runs,
+    suggest,
+    sweep,
     train,
 )  # fmt: skip
 
@@ -55,6 +57,8 @@ COMMANDS = {
     ("convert", "import", "exported", "imported"): convert.DEFAULTS[:1],
     ("report", "run"): report.DEFAULTS,
     ("runs", "."): runs.DEFAULTS,
+    ("suggest", "--data", "text.txt", "--hours", "0.01"): suggest.DEFAULTS,
+    ("sweep", *MODEL, *SHORT, *DATA, "--learning-rate", "1e-3,1e-2"): sweep.DEFAULTS,
 }
 """What works, and the flags that it has. (bench starts these with the same flags.)"""
 
