@@ -44,8 +44,9 @@ MUON_BELOW = 30e6
 
 PROBE_SECONDS = 2.0
 """Of steps, for each size that is measured."""
-ALL_PROBES = 20.0
-"""Seconds after which no larger size is tried."""
+ALL_PROBES = 15.0
+"""Seconds after which no larger size is tried; on accelerators, whose compilers take longer and
+which small sizes do not fill, four times that."""
 
 NEARLY_NEW, LITTLE_USE, NO_USE = 4, 16, 40
 """Times that a text is read: up to the first it teaches nearly as much as new text, after the last
@@ -189,13 +190,14 @@ def measure_sizes(
 ) -> list[Speed]:
     """The speed of every second size, up to where a step takes a second; `told` of each."""
     found, began = list[Speed](), time.perf_counter()
+    most = ALL_PROBES * (4 if setup.peak_flops() else 1)
     for model in candidates(dataset)[::2]:
         config = train_config(model, data, batch_size=_rows(16), steps=1000, dropout=0.0)
         if not _fits(model):
             break
         found.append(measure(config, runtime, dataset))
         told(found[-1])
-        if found[-1].step > 1 or time.perf_counter() - began > ALL_PROBES:
+        if found[-1].step > 1 or time.perf_counter() - began > most:
             break
     return found
 
