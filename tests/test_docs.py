@@ -17,7 +17,8 @@ from gptjax.errors import UserError
 from gptjax.runtime_config import RuntimeConfig
 
 PAGES = {
-    str(p.relative_to(ROOT)): p.read_text() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    str(p.relative_to(ROOT)): p.read_text()
+    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
 }
 COMMAND = re.compile(
     r"(?:^|\$ |&& |\| |: |srun |bin/|^[A-Z_]+=\S+ )"

@@ -1,0 +1,124 @@
+# %% [markdown]
+# # 2. Embedding and linear layer
+#
+# **Idea:** give each letter a vector of C numbers that is learned, and let a linear layer make
+# the V logits of it.
+#
+# **In a tutorial:** "Output Embedding" (`token_embedding_table`), "Linear" (`fc`).
+#
+# Rung 1 had a row of V logits for each letter. Here each letter gets C numbers first, its
+# embedding: a place where the network can keep what it knows of a letter. All later rungs work on
+# these vectors. At the end a linear layer turns them into logits.
+
+# %%
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+from ladder import batch_at, characters, encode, train, vocab_size
+
+# %% [markdown]
+# ## An embedding is a table, and a lookup is a matrix product
+#
+# Four letters with two numbers each, so C = 2. "Hello" is 0, 1, 2, 2, 3:
+
+# %%
+table = jnp.array([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0], [6.0, 7.0]])  # [V, C]
+hello = jnp.array([0, 1, 2, 2, 3])  # [T]
+print("looked up, [T, C]:\n", table[hello])
+one_hot = jax.nn.one_hot(hello, 4)  # [T, V]: a 1 at the letter's id
+print("the same as a product, [T, V] times [V, C]:", jnp.array_equal(one_hot @ table, table[hello]))
+
+# %% [markdown]
+# A linear layer is a product too: y = x W + b, with W of shape [C, V]. It takes the C numbers of
+# one letter, whatever axes stand before: [B, T, C] becomes [B, T, V].
+#
+# To begin with, W gets random numbers with standard deviation 1/sqrt(C). A sum of C products then
+# has about the size of one: nothing grows or shrinks on its way through the layer.
+
+
+# %%
+def new_linear(key, inputs, outputs):
+    return {
+        "kernel": jax.random.normal(key, (inputs, outputs)) / inputs**0.5,
+        "bias": jnp.zeros(outputs),
+    }
+
+
+def linear(params, x):
+    """[..., inputs] -> [..., outputs]."""
+    return x @ params["kernel"] + params["bias"]
+
+
+x = jax.random.normal(jax.random.key(0), (1000, 64))
+y = linear(new_linear(jax.random.key(1), 64, 65), x)
+print(x.shape, "->", y.shape, f"standard deviation {x.std():.2f} -> {y.std():.2f}")
+
+# %% [markdown]
+# ## The model
+#
+# In PyTorch one would write `nn.Embedding(vocab_size, n_embd)` and `nn.Linear(n_embd,
+# vocab_size)` in a class. Here the same two things are a dictionary of arrays and a function. JAX
+# draws random numbers only with a key: the same key gives the same numbers, and `split` makes new
+# keys of one.
+
+
+# %%
+def init(key, n_embd):
+    keys = jax.random.split(key, 2)
+    return {
+        "token_embedding": jax.random.normal(keys[0], (vocab_size, n_embd)),
+        "fc": new_linear(keys[1], n_embd, vocab_size),
+    }
+
+
+def apply(params, inputs):
+    """inputs [B, T] -> logits [B, T, V]."""
+    x = params["token_embedding"][inputs]  # [B, T, C]
+    return linear(params["fc"], x)  # [B, T, V]
+
+
+inputs, targets = batch_at(0)
+params = init(jax.random.key(0), n_embd=64)
+print("inputs", inputs.shape, "-> logits", apply(params, inputs).shape)
+
+# %% [markdown]
+# ## Two numbers a letter
+#
+# First with C = 2, which can be drawn. Letters that are followed by the same letters can share a
+# direction; those with different ones must not.
+
+# %%
+small = train(apply, init(jax.random.key(0), n_embd=2), learning_rate=0.03)
+
+# %%
+places = np.asarray(small["token_embedding"])
+figure, axes = plt.subplots(figsize=(5, 5))
+shown = [c for c in characters if c.isalpha()]
+for c in shown:
+    colour = "tab:red" if c in "aeiou" else "tab:blue" if c.islower() else "tab:gray"
+    axes.text(*places[encode(c)[0]], c, color=colour, fontsize=13)
+found = places[encode("".join(shown))]
+axes.set(xlim=(found[:, 0].min() - 1, found[:, 0].max() + 1))
+axes.set(ylim=(found[:, 1].min() - 1, found[:, 1].max() + 1))
+axes.set_title("C = 2: red vowels, grey capitals")
+plt.show()
+
+# %% [markdown]
+# Nobody told the network what a vowel is. Vowels lie together because the same letters follow
+# them, and capitals lie together too. In larger models words that mean nearly the same come to
+# lie close to each other, "cat" beside "kitten", for the same reason.
+#
+# ## 64 numbers a letter
+
+# %%
+params = train(apply, params)
+
+# %% [markdown]
+# The loss is that of rung 1, to the second digit. It has to be: the model still sees one letter,
+# and the best prediction from one letter is the counted table. Two numbers a letter were too few
+# for that table, 64 are enough. But now there is a vector in the middle, where other letters can
+# add what they know.
+#
+# **Exercise.** How many parameters has C = 8, and what loss? *What to expect:* 65 x 8 + 8 x 65 +
+# 65 = 1,105; a quarter of the table of rung 1, with a loss of 2.54, only 0.06 above it.

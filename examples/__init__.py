@@ -1,0 +1,1 @@
+"""The ladder: notebooks that build the GPT of gptjax, rung by rung."""
