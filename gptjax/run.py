@@ -14,7 +14,7 @@ import numpy as np
 from gptjax import files, launch, model, numerics, resume, run_metadata, sampling, train_step
 from gptjax.checkpoint import on_one_device
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.data import prepare, tokenizers
+from gptjax.data import prepare, token_files, tokenizers
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.decode_layout import unstack
 from gptjax.devices import memory, setup
@@ -167,6 +167,8 @@ class Run:
     def attention(self, text: Text) -> np.ndarray:
         """float32 [L, H, T, T] (or [B, L, H, T, T]): how much each token (third axis) looks at each
         token (last axis), per layer and head; rows sum to 1."""
+        if not self.config.n_layer:
+            raise UserError("a model without layers has no attention")
         tokens = self._tokens(text)
         found = np.asarray(_attention(self._decoding_params, tokens, self.config))
         return found if np.ndim(text) == 2 else found[0]
@@ -306,9 +308,15 @@ def untrained(config: TrainConfig) -> Run:
     """A model with the weights that training would begin with, and its tokenizer.
 
     Raises:
-        UserError: there is no text to make a tokenizer of.
+        UserError: there is no text to make a tokenizer of, or it would begin with another run's
+            weights.
     """
-    tokenizer = prepare.make_tokenizer(config.data)
+    if config.init_from:
+        raise UserError(f"it begins with the weights of {config.init_from}; load these instead")
+    if config.data.dir:
+        tokenizer = token_files.load(files.path(config.data.dir)).tokenizer
+    else:
+        tokenizer = prepare.make_tokenizer(config.data)
     shape = config.model.replace(vocab_size=config.model.vocab_size or tokenizer.n_vocab)
     shape = setup.resolve_dtype(shape)
     params = model.init(shape, train_step.random_key(config.seed))

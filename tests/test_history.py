@@ -1,9 +1,13 @@
 """history.jsonl: starts, samples and ends, through a resume."""
 
+import types
+
+import numpy as np
 import pytest
 import tiny_runs
 
-from gptjax import run_logs
+from gptjax import history, run_logs
+from gptjax.data.tokenizers import Gpt2Tokenizer
 from gptjax.errors import RunError, UserError
 from gptjax.history import History
 
@@ -52,3 +56,20 @@ def test_a_damaged_history_is_read_or_refused(tmp_path):
         path.write_text(f"{line}\n")
         with pytest.raises(UserError, match=r"history\.jsonl, line 1 is damaged"):
             run_logs.read_history(path)
+
+
+def test_what_is_damaged_is_kept_aside_and_training_goes_on(tmp_path, train_tiny):
+    config = tiny_runs.make_config(tmp_path)
+    run_dir = tmp_path / "run"
+    train_tiny(config, run_dir, Sampler(stop_after=6), callbacks=[History()])
+    (run_dir / "history.jsonl").write_text("[]\n[]\n")
+    train_tiny(config, run_dir, Sampler(), callbacks=[History()])
+    assert [event for event, _ in events(run_dir)] == ["start", "sample", "sample", "end"]
+    assert (run_dir / "history.before.jsonl").read_text() == "[]\n[]\n"
+
+
+def test_the_token_that_ends_a_document_has_no_bytes():
+    tokenizer = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
+    val = np.array([*tokenizer.encode("caf\u00e9"), tokenizer.eot] * 3000)
+    dataset = types.SimpleNamespace(val=val, tokenizer=tokenizer)
+    assert history.bytes_per_token(dataset) == pytest.approx(5 / 6, rel=1e-3)

@@ -119,6 +119,10 @@ def test_an_untrained_model_is_where_training_begins(tiny, tmp_path):
     assert_bitwise(run.params, train_step.init_state(experiment).params)
     assert run.tokenizer.state() == tiny.run.tokenizer.state()
     assert run.config == tiny.run.config and run.step == 0
+    alone = config.replace({"data.source": None, "data.dir": str(tiny.run_dir.parent / "set")})
+    assert gptjax.untrained(alone).tokenizer.state() == tiny.run.tokenizer.state()
+    with pytest.raises(UserError, match="begins with the weights of other"):
+        gptjax.untrained(config.replace(init_from="other"))
 
 
 def test_the_likeliest_text_is_numpys(run):

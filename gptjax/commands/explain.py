@@ -13,8 +13,9 @@ from gptjax.settings import Config
 @dataclasses.dataclass(frozen=True)
 class ExplainFlags(Config):
     """Walk through a model with a text of your own: tokens, embeddings, attention, what comes next,
-    with the model's real numbers. RUN is a run's folder (runs/quickstart, if none is named), GPT-2
-    in Hugging Face's format or nanoGPT's ckpt.pt, or a config, whose model is untrained then."""
+    with the model's real numbers. RUN is a run's folder (runs/quickstart, if none is named); GPT-2
+    in Hugging Face's format, nanoGPT's ckpt.pt, or a name on the Hub with its owner
+    (openai-community/gpt2); or a config, whose model is untrained then."""
 
     prompt: str = "Every effort moves you"
     """The text to follow; \\n, \\t and \\\\ are understood."""
@@ -40,9 +41,17 @@ def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(ExplainFlags(), argv, prog, "[RUN]")
     name = named[0] if named else "runs/quickstart"
-    folder = files.path(name)
+    folder, out = files.path(name), files.path(given.out) if given.out else None
+    if out:
+        out = out if out.suffix else out.with_name(f"{out.name}.html")
+        if out.suffix.lower() != ".html" or out.is_dir() or not out.parent.is_dir():
+            raise UserError(
+                f"--out {out}: expected the name of an .html file in a folder that exists"
+            )
     is_run, config = terminal.is_run(folder), None
-    if not is_run and (folder.suffix == ".py" or not folder.exists()):
+    # A name with an owner is one on the Hub, if nothing of that name is here.
+    foreign = (folder.exists() and folder.suffix not in (".py", ".json")) or name.count("/") == 1
+    if not is_run and not (foreign and (folder.exists() or not folder.parent.exists())):
         try:
             config = config_io.load_config(name)[0].replace(seed=given.seed)
         except UserError as error:
@@ -56,7 +65,7 @@ def main(argv: list[str], prog: str) -> None:
     setup.use_compilation_cache(files.cache_dir() / "xla")
     terminal.status(f"loading {name} ...")
     if config:
-        model = run.untrained(config)
+        model, name = run.untrained(config), f"{name} (untrained)"
     else:
         model = run.load(name, given.checkpoint) if is_run else run.from_pretrained(name)
     prompt = flags.unescape(flags.text("--prompt", given.prompt))
@@ -65,8 +74,7 @@ def main(argv: list[str], prog: str) -> None:
     sections = walk.walk(model, prompt)
     terminal.status("")
     explain.show(model, name, sections, console.make())
-    if given.out:
-        out = files.path(given.out)
+    if out:
         page.write(out, explain.to_html(model, name, prompt, sections))
         print(f"wrote {out}")
     else:

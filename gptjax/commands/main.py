@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": "loss and perplexity on a text, or accuracy on HellaSwag",
     "compare": "compare a run's numbers with PyTorch's",
     "explain": "follow a text through a model, step by step",
-    "report": "draw loss curves",
+    "report": "show how runs went",
     "bench": "measure speed and memory beside PyTorch's",
     "runs": "list the runs in a folder",
     "suggest": "suggest a model and settings for a text, this machine and some time",

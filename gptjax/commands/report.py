@@ -22,6 +22,7 @@ class ReportFlags(Config):
 
     def problems(self) -> list[str]:
         out = ["--out is empty"] * (self.out == "") + self._check_ints(0, "port")
+        out += [f"port {self.port} must be below 65536"] * (self.port > 65535)
         return out + ["--live shows a page; leave out --out"] * (self.live and self.out is not None)
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str], prog: str) -> None:
         return
     out = files.path(given.out) if given.out else run_dirs[0] / "report.html"
     out = out if out.suffix else out.with_name(f"{out.name}.html")
-    if out.suffix in (".html", ".htm"):
+    if out.suffix.lower() in (".html", ".htm"):
         page.write(out, report.to_html(report.gather(run_dirs)))
     else:
         picture.draw(run_dirs, out)

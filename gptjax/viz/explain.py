@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gptjax.run import Run
 from gptjax.viz import page
-from gptjax.viz.walk import Bars, Guess, Heads, Section, Table
+from gptjax.viz.walk import Bars, Guess, Heads, Section, Table, counted, percent
 
 MOST_COLUMNS, MOST_ROWS = 12, 24
 """Of a table that is printed; a page can be scrolled."""
@@ -19,10 +19,10 @@ MOST_COLUMNS, MOST_ROWS = 12, 24
 
 def describe(run: Run) -> str:
     config = run.config
-    trained = f"after {run.step:,} steps" if run.step else "untrained"
+    trained = f", after {run.step:,} steps" if run.step else ""
     return (
-        f"{config.num_parameters():,} parameters, {trained}: {config.n_layer} layers of"
-        f" {config.n_head} heads, {config.n_embd} numbers a token, a context of"
+        f"{config.num_parameters():,} parameters{trained}: {counted(config.n_layer, 'layer')} of"
+        f" {counted(config.n_head, 'head')}, {config.n_embd} numbers a token, a context of"
         f" {config.block_size:,} tokens"
     )
 
@@ -53,10 +53,10 @@ def _table(block: Table) -> RichTable:
     if cut:
         out.add_column("...")
     for row in block.rows[:MOST_ROWS]:
-        cells = [Text(cell(value, block.digits)) for value in row[:MOST_COLUMNS]]
+        cells = [Text(cell(value, block.places)) for value in row[:MOST_COLUMNS]]
         out.add_row(*cells, "..." if cut else None)
-    if more := len(block.rows) - MOST_ROWS if len(block.rows) > MOST_ROWS else 0:
-        out.add_row(f"... {more} more")
+    if len(block.rows) > MOST_ROWS:
+        out.add_row(f"... {len(block.rows) - MOST_ROWS} more")
     return out
 
 
@@ -78,7 +78,7 @@ def cell(value: Any, digits: int) -> str:
     if value is None:
         return ""
     if isinstance(value, Guess):
-        return f"{value.token} {value.share:.0%}"
+        return f"{value.token} {percent(value.share)}"
     if isinstance(value, float):
         return f"{value:z.{digits}f}"  # z: never -0.00
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -126,7 +126,7 @@ def _as_dict(block: Table | Bars | Heads) -> dict[str, Any]:
         elif block.heat and isinstance(value, float):
             heat = value / top
         number = isinstance(value, int | float)
-        return {"text": cell(value, block.digits), "number": number, "heat": heat}
+        return {"text": cell(value, block.places), "number": number, "heat": heat}
 
     return {
         "kind": "table", "caption": block.caption,

@@ -1,6 +1,5 @@
 """What runs left behind, gathered for a page: losses, speeds, samples, settings, machines."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from gptjax.runtime_config import RuntimeConfig
 from gptjax.viz import page
 
 MOST_POINTS = 4000
-"""Of a run's rows that a page holds; every evaluation is among them."""
+"""Of a run's training losses, and of its evaluations, that a page holds; the best is among them."""
+LOSSES = "train_loss", "val_loss"
 SERIES = ("step", "seconds", "train_loss", "val_loss", "learning_rate", "grad_norm",
           "tokens_per_second")  # fmt: skip
 
@@ -24,6 +24,7 @@ def gather(run_dirs: Sequence[Path]) -> dict[str, Any]:
     Raises:
         UserError: a run without losses, or a damaged file.
     """
+    run_dirs = [*dict.fromkeys(run_dirs)]
     runs = [_gather_one(run_dir) for run_dir in run_dirs]
     for run, name in zip(runs, _names(run_dirs), strict=True):
         run["name"] = name
@@ -34,13 +35,17 @@ def gather(run_dirs: Sequence[Path]) -> dict[str, Any]:
     }
     names = [key for key in usual if any(key in run["settings"] for run in runs)]
     rows = [[key, usual[key], *(run["settings"].get(key, "") for run in runs)] for key in names]
-    kinds = {run["tokenizer"] for run in runs}
-    return {"runs": runs, "settings": rows, "same_tokens": len(kinds) == 1}
+    return {
+        "runs": runs,
+        "settings": rows,
+        "same_tokens": _same(runs, "tokenizer"),
+        "same_text": _same(runs, "text"),
+    }
 
 
 def _names(run_dirs: Sequence[Path]) -> list[str]:
     """As short as they tell the runs apart."""
-    names = [run_dir.name for run_dir in run_dirs]
+    names = [run_dir.absolute().name for run_dir in run_dirs]
     if len({*names}) == len(names):
         return names
     return [str(run_dir) for run_dir in run_dirs]
@@ -48,7 +53,7 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 def _gather_one(run_dir: Path) -> dict[str, Any]:
     rows = run_logs.read_metrics(run_dir / "metrics.jsonl")
-    if not any(row.get("val_loss") or row.get("train_loss") for row in rows):
+    if not any(_finite(row.get(name)) is not None for row in rows for name in LOSSES):
         raise UserError(f"{run_dir}/metrics.jsonl has no losses yet")
     history = run_logs.read_history(run_dir / "history.jsonl")
     starts = [event for event in history if event["event"] == "start"]
@@ -56,21 +61,24 @@ def _gather_one(run_dir: Path) -> dict[str, Any]:
     samples = {event["step"]: event["text"] for event in history if event["event"] == "sample"}
     settings, tokens_per_step, parameters, tokenizer = _settings(run_dir)
     newest = starts[-1] if starts else {}
-    evaluated = [row for row in rows if row.get("val_loss") is not None]
+    evaluated = [row for row in rows if _finite(row.get("val_loss")) is not None]
     best = min(evaluated, key=lambda row: row["val_loss"], default=None)
+    thinned = _thinned(rows, best)
     return {
         "folder": str(run_dir),
-        "rows": {name: [row.get(name) for row in _thinned(rows)] for name in SERIES},
+        "rows": {name: [_finite(row.get(name)) for row in thinned] for name in SERIES},
         "best": best and {"step": best["step"], "val_loss": best["val_loss"]},
         "last": rows[-1]["step"],
         "tokens_per_step": tokens_per_step,
         "parameters": parameters,
         "tokenizer": newest.get("tokenizer", tokenizer),
-        "bytes_per_token": newest.get("bytes_per_token"),
+        "text": newest.get("data"),
+        "bytes_per_token": _finite(newest.get("bytes_per_token")),
         "starts": [
             {
                 "step": event["step"],
-                "time": event["time"],
+                "time": _finite(event["time"]),
+                "end": _end(history, event),
                 "machine": f"{event.get('devices', '')}, {event.get('machine', '')}",
                 "versions": f"gptjax {event.get('gptjax')}, JAX {event.get('jax')}",
             }
@@ -94,14 +102,35 @@ def _settings(run_dir: Path) -> tuple[dict[str, str], int | None, int | None, st
         {name: str(value) for name, value in found.items()},
         config.batch_size * model.block_size,
         model.num_parameters() if counted else None,
-        config.data.tokenizer,
+        f"{config.data.tokenizer}, {model.vocab_size or 0:,} ids" if counted else "",
     )
 
 
-def _thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    stride = math.ceil(len(rows) / MOST_POINTS)
-    chosen = (i % stride == 0 or row.get("val_loss") is not None for i, row in enumerate(rows))
-    return [*itertools.compress(rows, chosen)]
+def _thinned(rows: list[dict[str, Any]], best: Any) -> list[dict[str, Any]]:
+    chosen = {0, len(rows) - 1, *(i for i, row in enumerate(rows) if row is best)}
+    for name in LOSSES:
+        found = [i for i, row in enumerate(rows) if row.get(name) is not None]
+        chosen.update(found[:: math.ceil(len(found) / MOST_POINTS) or 1])
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _finite(value: Any) -> Any:
+    """None for what JSON and a picture do not have."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _same(runs: Sequence[dict[str, Any]], name: str) -> bool:
+    """Whether nothing is known that tells them apart. (A part in parentheses is not always.)"""
+    known = [run[name] for run in runs if run[name]]
+    whole = {each for each in known if "(" in each}
+    return len({each.partition(" (")[0] for each in known}) < 2 and len(whole) < 2
+
+
+def _end(history: list[dict[str, Any]], start: dict[str, Any]) -> int | None:
+    """At which step a process ended; None: it was killed, or is at work."""
+    after = history[history.index(start) + 1 :]
+    ended = next((event for event in after if event["event"] in ("start", "end")), None)
+    return ended["step"] if ended and ended["event"] == "end" else None
 
 
 def to_html(gathered: dict[str, Any], *, live: bool = False) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from gptjax.config import ModelConfig
 from gptjax.data import corpus
 from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import UserError
@@ -19,6 +20,8 @@ from gptjax.run import Run
 
 FEW = 6
 """Numbers of a vector that are shown."""
+FIRST = [*map(str, range(FEW)), ""]
+"""The titles of their columns."""
 MOST_TOKENS = 128
 """Of a prompt: a page holds the weights of all heads."""
 PIECES_FROM = 300_000
@@ -42,8 +45,15 @@ class Table:
     caption: str = ""
     heat: Literal["", "share", "signed"] = ""
     """How numbers are coloured on a page: a share of 1, or by sign and size."""
-    digits: int = 2
-    """Of floats, after the point."""
+    digits: int | None = None
+    """Of floats, after the point; None: as many as show the size of the largest."""
+
+    @property
+    def places(self) -> int:
+        if self.digits is not None:
+            return self.digits
+        top = max((abs(x) for row in self.rows for x in row if isinstance(x, float)), default=1.0)
+        return min(5, max(2, 1 - math.floor(math.log10(top)))) if 0 < top < math.inf else 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +114,16 @@ def shown(tokenizer: Tokenizer, id_: int) -> str:
     return text if text and text.isprintable() and "\ufffd" not in text else f"[{id_}]"
 
 
+def counted(count: int, name: str) -> str:
+    return f"{count:,} {name}{'s' * (count != 1)}"
+
+
+def percent(share: float) -> str:
+    if share < 0.001:
+        return "<0.1%"
+    return f"{share:.1%}" if share < 0.095 else f"{share:.0%}"
+
+
 def _softmax(x: np.ndarray) -> np.ndarray:
     wide = np.exp(x - x.max(-1, keepdims=True))
     return wide / wide.sum(-1, keepdims=True)
@@ -120,19 +140,14 @@ class _Walk:
     tokens: list[str]
 
     def _row(self, label: str, vector: np.ndarray) -> list[Any]:
-        return [label, *map(float, vector[:FEW]), "..." if len(vector) > FEW else None]
-
-    def _few(self, *labels: str) -> list[str]:
-        width = min(FEW, self.run.config.n_embd)
-        return [*labels, *map(str, range(width)), ""]
+        missing = [None] * (FEW - len(vector))
+        return [label, *map(float, vector[:FEW]), *missing, "..." if len(vector) > FEW else None]
 
     def _param(self, *path: str) -> np.ndarray:
-        """A parameter, of the first layer if it has several."""
         found: Any = self.run.params
         for name in path:
             found = found[name]
-        array = np.asarray(found, np.float32)
-        return array[0] if path[0] == "h" else array
+        return np.asarray(found, np.float32)
 
     def text_into_tokens(self) -> Section:
         known: list[tuple[str, int | None, list[str]]] = [
@@ -140,7 +155,8 @@ class _Walk:
         ]
         own = self.run.tokenizer
         characters = own.n_vocab if own.kind == "char" else len(set(self.prompt))
-        known.append(("characters", characters, [_visible(char) for char in self.prompt]))
+        name = "characters" if own.kind == "char" else "characters (those of this prompt)"
+        known.append((name, characters, [_visible(char) for char in self.prompt]))
         for name, tokenizer in _examples(own):
             if tokenizer is None:
                 known.append((name, None, []))
@@ -211,7 +227,7 @@ class _Walk:
                 " angle.",
             ],
             [
-                Table(self._few(""), rows, "the first numbers of each vector", "signed"),
+                Table(["", *FIRST], rows, "the first numbers of each vector", "signed"),
                 Table(
                     ["nearest to", *(shown(self.run.tokenizer, i) for i in order)],
                     [[self.tokens[0], *map(float, near[order])]],
@@ -223,23 +239,23 @@ class _Walk:
     def dropout(self) -> Section:
         x, rate = self.seen["embedding"][0], self.run.config.dropout
         kept = np.random.default_rng(0).random(len(x)) >= 0.5
-        own = f"This model was trained with a rate of {rate:.0%}." if rate else (
-            "This model is trained without dropout."
-        )  # fmt: skip
+        words = [*("yes" if keep else "no" for keep in kept[:FEW]), *[None] * FEW][:FEW]
+        own = f"This model's own rate is {rate:.0%}." if rate else "This model has none."
         return Section(
             "Dropout: in training only, some numbers are zeroed",
             [
                 "So that the network relies on no single number, training sets a random share of"
-                " them to zero and scales the others up, which keeps their sum as it was. Below"
-                f" it is half of them: of {len(x)} numbers {int((~kept).sum())} are dropped here."
-                f" {own} When it writes, nothing is dropped.",
+                " them to zero and scales the others up, which keeps their sum as it was on"
+                " average. Below each is dropped with a probability of one half, as a coin is"
+                f" tossed: {int((~kept).sum())} of {len(x)} are. {own} When a model writes, nothing"
+                " is dropped.",
             ],
             [
                 Table(
-                    self._few(""),
+                    ["", *FIRST],
                     [
                         self._row(f"before, {self.tokens[0]}", x),
-                        ["kept?", *("yes" if keep else "no" for keep in kept[:FEW]), None],
+                        ["kept?", *words, None],
                         self._row("after", np.where(kept, x * 2, 0)),
                     ],
                     heat="signed",
@@ -259,13 +275,14 @@ class _Walk:
             "LayerNorm: each token's vector is brought to one scale",
             [
                 "Before each part of a block, every token's vector is shifted to mean 0 and scaled"
-                " to variance 1; then each of its numbers gets a learned gain"
+                " to variance 1 (a little less: 0.00001 is added to what it is divided by, which is"
+                " never 0 then); then each of its numbers gets a learned gain"
                 + (" and shift." if self.run.config.bias else "."),
             ],
             [
                 Table(
                     ["token", "mean before", "variance before", "mean after", "variance after",
-                     "spread with gain"],
+                     "spread at last"],
                     rows, digits=4,
                 )
             ],
@@ -317,7 +334,7 @@ class _Walk:
             *(self._row(f"key of {self.tokens[j]}", k[j]) for j in {0, last}),
             self._row("sum of weight x value", weights[head, last] @ v),
         ]
-        width = [""] + [str(i) for i in range(min(FEW, size))] + [""]
+        near = " Tokens farther back than the window are masked." if _is_banded(config, 0) else ""
         return Section(
             f"One head by hand: layer {layer}, head {head}",
             [
@@ -325,12 +342,12 @@ class _Walk:
                 f" (what do I offer?) and a value (what do I pass on?), {size} numbers each. The"
                 " product of a query and a key is how well they match; divided by the root of"
                 f" {size} it does not grow with the size of the head, and softmax makes shares of"
-                " it. (Where a head looks at a few tokens only, those farther back are masked.)",
+                f" it.{near}",
                 f"Below, “{self.tokens[last]}”, the last token, looks back. What the head passes on"
                 " is the sum of the values, each times its weight.",
             ],
             [
-                Table(width, vectors, "the first numbers", "signed"),
+                Table(["", *FIRST], vectors, "the first numbers", "signed"),
                 Table(["looks at", "query x key", f"/ \u221a{size}", "weight"], rows, digits=3),
             ],
         )
@@ -351,9 +368,10 @@ class _Walk:
         return Section(
             "What every head looks at",
             [
-                f"The model has {config.n_layer} layers of {config.n_head} heads. Each has learned"
-                " to look for something else: the token before, the last space, the same token"
-                f" further back. Here is where “{self.tokens[-1]}” looks.",
+                f"The model has {counted(config.n_layer, 'layer')} of"
+                f" {counted(config.n_head, 'head')}. Each can learn to look for something else: the"
+                " token before, the last space, the same token further back. Here is where"
+                f" “{self.tokens[-1]}” looks.",
             ],
             [
                 Heads(self.tokens, weights),
@@ -407,7 +425,7 @@ class _Walk:
             ],
             [
                 Table(
-                    self._few("", "size"),
+                    ["", "size", *FIRST],
                     [
                         ["in", config.n_embd, *self._row("", self.seen["h.0.ln_2"][last])[1:]],
                         ["widened", 4 * config.n_embd, *self._row("", before[last])[1:]],
@@ -435,10 +453,11 @@ class _Walk:
             attention = self.seen[f"h.{i}.attn.c_proj"]
             rows.append([f"layer {i}", size(attention), size(self.seen[f"h.{i}.mlp.c_proj"])])
         return Section(
-            "The residual stream grows with depth",
+            "The residual stream over depth",
             [
-                "Every layer adds to the stream, so its vectors grow; each LayerNorm brings what it"
-                " reads back to one scale.",
+                "Every layer adds to the stream, so its vectors mostly grow; each LayerNorm brings"
+                f" what it reads back to one scale. Here they go from {sizes[0]:.2f} to"
+                f" {sizes[-1]:.2f}.",
             ],
             [
                 Bars(labels, sizes, "mean length of the tokens' vectors"),
@@ -447,7 +466,10 @@ class _Walk:
         )
 
     def next_token(self) -> Section:
-        shares = _softmax(self.seen["logits"])
+        logits = self.seen["logits"].astype(np.float64)
+        shares = _softmax(logits)
+        largest = logits.max(-1)
+        total = largest + np.log(np.exp(logits - largest[:, None]).sum(-1))
         rows, nats = [], []
         for i, token in enumerate(self.tokens):
             best = np.argsort(-shares[i], kind="stable")[:5]
@@ -455,9 +477,9 @@ class _Walk:
             real: list[Any] = [None, None]
             if i + 1 < len(self.ids):
                 share = float(shares[i, self.ids[i + 1]])
-                nats.append(-math.log(max(share, 1e-45)))
+                nats.append(float(total[i] - logits[i, self.ids[i + 1]]))
                 real = [Guess(self.tokens[i + 1], share), f"{nats[-1]:.2f}"]
-            rows.append([token, *guesses, *real])
+            rows.append([token, *guesses, *[None] * (5 - len(guesses)), *real])
         mean, size = float(np.mean(nats)), self.run.config.vocab_size or 0
         return Section(
             "What comes next?",
@@ -532,6 +554,10 @@ class _Walk:
             ],
             [Table(["step", "shape", "parameters"], rows)],
         )
+
+
+def _is_banded(config: ModelConfig, layer: int) -> bool:
+    return config.attention_pattern[layer % len(config.attention_pattern)] == "banded"
 
 
 def _visible(text: str) -> str:

@@ -26,7 +26,8 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens an address; in the end no page may have asked another machine, or had an error."""
+    """Opens an address; in the end no page may have asked another machine, or had an error (which
+    is in `open_page.wrong`, for who expects one)."""
     wrong, contexts = [], []
 
     def open_(address, *, width=1280, height=900, dark=False):
@@ -43,6 +44,7 @@ def open_page(browser):
         page.goto(address)
         return page
 
+    open_.wrong = wrong
     yield open_
     for context in contexts:
         context.close()

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import helpers
@@ -89,6 +90,10 @@ def test_a_live_report_follows_its_run(pages, open_page, cache_dir):
         with (run_dir / "metrics.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         page.get_by_text("0.1250").first.wait_for(timeout=10_000)
+        page.locator("#sample").press("Home")
+        shutil.rmtree(run_dir)
+        page.get_by_text("Not renewed since").wait_for(timeout=10_000)
+        open_page.wrong.clear()  # the browser's own word on the answer 503
         elsewhere = urllib.request.Request(address, headers={"Host": "evil.example:80"})
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(elsewhere)

@@ -127,6 +127,12 @@ def test_explain_walks_through_a_run_or_an_untrained_config(
     assert "now is" in (tmp_path / "walk.html").read_text()
 
 
+def test_explain_asks_the_hub_for_a_name_with_an_owner(gptjax, monkeypatch):
+    monkeypatch.setattr(run, "from_pretrained", lambda name: (_ for _ in ()).throw(UserError(name)))
+    with pytest.raises(UserError, match="openai-community/gpt2"):
+        gptjax("explain", "openai-community/gpt2")
+
+
 def test_explain_follows_an_imported_model(trained, gptjax, tmp_path):
     gptjax("convert", "export", trained[0], "hf")
     ours, again = (gptjax("explain", name, "--prompt", "now is") for name in (trained[0], "hf"))
@@ -142,7 +148,8 @@ def test_explain_follows_an_imported_model(trained, gptjax, tmp_path):
         (["RUN", "--prompt", "n"], "at least two tokens"),
         (["RUN", "--prompt", "caf\u00e9"], "is not one of the 44 characters"),
         (["RUN", "--prompt", "now is the winter of"], "20 tokens do not fit"),
-        (["RUN", "--prompt", "now", "--out", "."], "it is a folder"),
+        (["RUN", "--prompt", "now", "--out", "x.png"], r"the name of an \.html file"),
+        (["RUN", "--prompt", "now", "--out", "nope/x.html"], "in a folder that exists"),
     ],
 )
 def test_explain_refuses_bad_input(trained, gptjax, argv, words):

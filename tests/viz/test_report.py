@@ -60,17 +60,39 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [run["name"] for run in report.gather(runs)["runs"]] == [str(path) for path in runs]
 
 
-def test_different_tokenizers_are_noticed(tmp_path):
-    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", tokenizer="gpt2, 50,257 ids (bb)")]
-    assert report.gather(runs)["same_tokens"] is False
-    assert report.gather(runs[:1])["same_tokens"] is True
+@pytest.mark.parametrize(
+    ("tokenizer", "same"),
+    [("char, 65 ids (aa)", True), ("char, 65 ids (bb)", False), ("gpt2, 50,257 ids (bb)", False),
+     (None, True)],
+)  # fmt: skip
+def test_different_tokenizers_are_noticed_as_far_as_they_are_known(tmp_path, tokenizer, same):
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", tokenizer=tokenizer)]
+    if tokenizer is None:  # of a run from before there was a history
+        (runs[1] / "history.jsonl").unlink()
+    assert report.gather(runs)["same_tokens"] is same
 
 
-def test_a_long_run_is_thinned_but_no_evaluation_is_lost(tmp_path):
-    (run,) = report.gather([make_run(tmp_path / "run", steps=10_000)])["runs"]
-    rows = run["rows"]
-    assert len(rows["step"]) < 5100
-    assert sum(loss is not None for loss in rows["val_loss"]) == 1001
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    rows[3] = '{"step": 3, "train_loss": NaN, "val_loss": Infinity}'
+    (folder / "metrics.jsonl").write_text("\n".join(rows))
+    gathered = report.gather([folder])
+    assert gathered["runs"][0]["rows"]["train_loss"][3] is None
+    assert "NaN" not in report.to_html(gathered).split('id="data">')[1].split("</script>")[0]
+
+
+def test_a_long_run_is_thinned_but_keeps_its_best_and_its_end(tmp_path):
+    folder = make_run(tmp_path / "run", steps=20_000)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["val_loss"] = 2.0
+    rows[1234]["val_loss"] = 1.0
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (run,) = report.gather([folder])["runs"]
+    steps = run["rows"]["step"]
+    assert len(steps) < 2 * report.MOST_POINTS + 10 and steps == sorted(steps)
+    assert {0, 1234, 20_000} <= {*steps} and run["best"] == {"step": 1234, "val_loss": 1.0}
 
 
 def test_a_run_without_history_or_config_is_shown_as_far_as_it_goes(tmp_path):

@@ -1,6 +1,7 @@
 """The walk through a model: its numbers are the model's, by numpy and by hand."""
 
 import math
+import re
 
 import numpy as np
 import numpy_gpt
@@ -116,6 +117,26 @@ def test_targets_are_what_follows_the_context(run):
     assert [cells[1:3] for cells in rows[:4]] == [
         ["n", "o"], ["no", "w"], ["now", "\u2423"], ["now\u2423", "i"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 2, 16), (1, 2, 4, 16), (2, 1, 16, 16)])
+def test_the_smallest_models_are_walked(sizes):
+    config = ModelConfig(*sizes, vocab_size=3)
+    run = gptjax.Run(config, random_params(config), CharTokenizer("abc"))
+    found = walk.walk(run, "abca")
+    assert "1 layer" in explain.describe(run) or sizes[0] > 1
+    assert "<table" in explain.to_html(run, "small", "abca", found)
+    guesses = find({section.title: section for section in found}, "What comes next").blocks[0]
+    assert {len(row) for row in guesses.rows} == {8} and guesses.rows[0][4:6] == [None, None]
+
+
+def test_the_loss_is_right_where_a_probability_is_nothing():
+    params = random_params(CONFIG, seed=2, scale=30)
+    run = gptjax.Run(CONFIG, params, CHARS)
+    text = find(sections(run, "now is the"), "What comes next").text[1]
+    assert float(re.search(r"([\d.]+) nats", text)[1]) == pytest.approx(
+        run.loss("now is the"), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(

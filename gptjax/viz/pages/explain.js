@@ -4,7 +4,7 @@
   const bytes = Uint8Array.from(atob(weights), (char) => char.charCodeAt(0));
   const weight = (layer, head, from, to) => bytes[((layer * heads + head) * size + from) * size + to] / 255;
   const squares = document.getElementById("squares"), row = document.getElementById("row");
-  let layer = 0, head = 0, from = size - 1;
+  let layer = 0, head = 0, chosen = size - 1;
 
   // The colour of a share lies between the surface and the warm colour, which depend on the theme.
   const rgb = (name) => {
@@ -31,7 +31,7 @@
       context.putImageData(image, 0, 0);
     }
   }
-  function show() {
+  function show(from = chosen) {
     document.getElementById("chosen").textContent = `Layer ${layer}, head ${head}: where ${tokens[from]} (position ${from}) looks`;
     for (const square of squares.querySelectorAll("button")) {
       square.setAttribute("aria-pressed", +square.dataset.layer === layer && +square.dataset.head === head);
@@ -39,7 +39,7 @@
     [...row.children].forEach((token, to) => {
       const share = to <= from ? weight(layer, head, from, to) : 0;
       token.style.setProperty("--share", share);
-      token.setAttribute("aria-pressed", to === from);
+      token.setAttribute("aria-pressed", to === chosen);
       token.lastChild.textContent = to <= from ? (100 * share).toFixed(0) + "%" : "";
     });
   }
@@ -65,8 +65,9 @@
     const token = document.createElement("button"), share = document.createElement("small");
     token.className = "token";
     token.append(text, share);
-    token.addEventListener("click", () => { from = i; show(); });
-    token.addEventListener("pointerenter", (event) => { if (event.pointerType === "mouse") { from = i; show(); } });
+    token.addEventListener("click", () => { chosen = i; show(); });
+    token.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show(i));
+    token.addEventListener("pointerleave", () => show());
     row.append(token);
   });
   if (matchMedia("(max-width: 900px)").matches) document.querySelector("nav details").open = false;
