@@ -37,8 +37,16 @@ class GrowingText:
         self.text = ""
         self.ended = False
         self._tokenizer, self._stops, self._eot = tokenizer, stops, eot
+        self._whole = ""
+        """The text up to a token after which no character was incomplete."""
         self._ids: list[int] = []
+        """The tokens since then."""
         self._taken = 0
+
+    @property
+    def whole(self) -> int:
+        """How many characters there are up to the last token after which none was incomplete."""
+        return len(self._whole)
 
     def extend(self, ids: np.ndarray) -> None:
         """Add int [n] tokens; those after the end are left out."""
@@ -48,7 +56,10 @@ class GrowingText:
         if self._eot in new:
             new, self.ended = new[: new.index(self._eot)], True
         self._ids += new
-        self.text = self._tokenizer.decode(self._ids)
+        end = self._tokenizer.decode(self._ids)
+        self.text = self._whole + end
+        if not end.endswith("\ufffd"):
+            self._whole, self._ids = self.text, []
         found = [(at + len(s), at) for s in self._stops if (at := self.text.find(s)) >= 0]
         if found:
             # The stop that was complete first: so it does not matter how many tokens come at once.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import files, launch, model, numerics, resume, run_metadata, sampling, train_step
+from gptjax.cache import Cache
 from gptjax.checkpoint import on_one_device
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.data import prepare, token_files, tokenizers
@@ -242,10 +243,11 @@ def _attention(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Ar
     return jnp.stack([found[f"h.{i}.attn.weights"] for i in range(config.n_layer)], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _activations(params: Params, tokens: jax.Array, config: ModelConfig) -> dict[str, jax.Array]:
-    """As `Run.activations`, of [B, T] tokens. `params`: unstacked, so that there is a call of the
-    block for every layer."""
+def activations(
+    params: Params, tokens: jax.Array, config: ModelConfig, cache: Cache | None = None
+) -> dict[str, jax.Array]:
+    """As `Run.activations`, of [B, T] tokens, after those in `cache`. `params`: unstacked, so that
+    there is a call of the block for every layer."""
     found: dict[str, jax.Array] = {}
 
     def keep(next_method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -268,8 +270,11 @@ def _activations(params: Params, tokens: jax.Array, config: ModelConfig) -> dict
         found[name] = x.reshape(shape).astype(jnp.float32)
 
     with nn.intercept_methods(keep):
-        found["logits"] = model.apply(config, params, tokens)[0]
+        found["logits"] = model.apply(config, params, tokens, cache)[0]
     return found
+
+
+_activations = jax.jit(activations, static_argnames="config")
 
 
 @numerics.standard()

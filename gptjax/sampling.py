@@ -182,8 +182,9 @@ def slots(prompt: int, max_new_tokens: int, block_size: int) -> int:
     return min(block_size, sum(sizes))
 
 
-def _lanes(platform: str) -> int:
-    return head_rows.LANES if platform == "tpu" else 1
+def lanes(platform: str | None = None) -> int:
+    """Of a cache on such a device (None: JAX's first): see `head_rows`."""
+    return head_rows.LANES if (platform or jax.default_backend()) == "tpu" else 1
 
 
 def compile_for(
@@ -207,12 +208,12 @@ def compile_for(
     settings = there(jax.eval_shape(lambda: jax.tree.map(jnp.float32, Sampling())))
     settings = settings._replace(top_k=there(number))
     key = there(jax.eval_shape(lambda: random_key(0)))
-    reads = functools.partial(prefill, config=config, slots=room, lanes=_lanes(device.platform))
+    reads = functools.partial(prefill, config=config, slots=room, lanes=lanes(device.platform))
     arguments = there((tokens, number, number)), key, settings
     read = jax.jit(reads).lower(params, *arguments[0], *arguments[1:]).compile()
     empty = functools.partial(
         init_cache, config, num_samples, room, compute_dtype(config), stacked=False,
-        lanes=_lanes(device.platform),
+        lanes=lanes(device.platform),
     )  # fmt: skip
     cache, token = there((jax.eval_shape(empty), jax.ShapeDtypeStruct((num_samples,), jnp.int32)))
 
@@ -270,7 +271,6 @@ def generate(
         # The last token drawn need not fit: nothing follows it.
         end = min(end, max(block + 1, len(prompt)))
     room = slots(len(prompt), max_new_tokens, block)
-    lanes = _lanes(jax.default_backend())
     cache, cached = None, 0
 
     while text.shape[1] < end:
@@ -288,7 +288,7 @@ def generate(
             padded[:, :seen] = text[:, -seen:]
             token, cache = prefill(
                 params, place(padded), seen, length, key, settings, config=config, slots=room,
-                lanes=lanes,
+                lanes=lanes(),
             )  # fmt: skip
             cached, new = seen, np.asarray(token)[:, None]
         else:

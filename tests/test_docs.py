@@ -11,7 +11,7 @@ from helpers import ROOT, TEXT
 
 import gptjax
 from gptjax import config_io, tricks
-from gptjax.commands import flags, generate, main
+from gptjax.commands import flags, generate, main, serve
 from gptjax.config import TrainConfig
 from gptjax.errors import UserError
 from gptjax.runtime_config import RuntimeConfig
@@ -154,8 +154,12 @@ def test_pages_leave_nothing_out():
     configs = PAGES["docs/own-data.md"].partition("The configs that come with gptjax")[2]
     listed = set(re.findall(r"^\| `(\w+)` \| ", configs, re.MULTILINE))
     assert listed == {path.stem for path in config_io.SHIPPED.glob("*.py")}
-    names = [field.name.replace("_", "-") for field in dataclasses.fields(generate.GenerateFlags)]
-    assert [name for name in names if f"`--{name}`" not in PAGES["docs/sampling.md"]] == []
+    for page, known in (
+        ("docs/sampling.md", generate.GenerateFlags),
+        ("docs/playground.md", serve.ServeFlags),
+    ):
+        names = [field.name.replace("_", "-") for field in dataclasses.fields(known)]
+        assert [name for name in names if f"`--{name}`" not in PAGES[page]] == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for dependency in project["dependencies"]:
         name = re.match(r"[\w-]+", dependency)[0]

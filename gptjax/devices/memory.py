@@ -173,8 +173,12 @@ def refuse_too_large(config: TrainConfig, runtime: RuntimeConfig) -> None:
         )
 
 
-def refuse_too_many(config: ModelConfig, num_samples: int, tokens: int, devices: int = 1) -> None:
-    """UserError if the keys and values of so many samples of `tokens` do not fit their devices."""
+def refuse_too_many(
+    config: ModelConfig, num_samples: int, tokens: int, devices: int = 1, *,
+    setting: str = "num_samples",
+) -> None:  # fmt: skip
+    """UserError if the keys and values of so many samples of `tokens` do not fit their devices;
+    `setting`: what says how many."""
     size = compute_dtype(config).itemsize
     one = 2 * config.n_layer * config.n_embd * min(tokens, config.block_size) * size
     one += 4 * (config.vocab_size or 0)
@@ -184,7 +188,7 @@ def refuse_too_many(config: ModelConfig, num_samples: int, tokens: int, devices:
         of = f" of each of {devices} devices" if devices > 1 else ""
         raise UserError(
             f"{num_samples:,} samples need {gib(need)}{of}, of {gib(have)} ({source}); lower"
-            " num_samples"
+            f" {setting}"
         )
 
 

@@ -1,0 +1,235 @@
+"""The server's compiled programs. They work on one cache of a fixed number of rows, each of which
+holds another text, of another length, that is drawn by other settings: whatever the mix, nothing is
+compiled anew.
+
+The model has one length for all rows of a cache. So it is mapped (`jax.vmap`) over caches of one
+row; the parameters are not, so a matrix product stays one product over all rows.
+
+Letters in shape comments: R rows, T tokens of a piece, V vocabulary, L layers, H heads, S slots of
+a row (block_size), K tokens drawn in a call, N alternatives.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import head, model, numerics
+from gptjax.cache import Cache, init_cache
+from gptjax.config import ModelConfig
+from gptjax.layers import compute_dtype
+from gptjax.run import activations
+from gptjax.sampling import CHUNK, Sampling, bucket, hash_keys, lanes, sample
+from gptjax.train_step import random_key
+
+ALTERNATIVES = 10
+"""Of the likeliest tokens at a position, so many are told."""
+
+PIECE = 256
+"""Tokens of a prompt that are read at a time: so long do the rows that draw wait."""
+
+
+class Rows(NamedTuple):
+    """What each row does in a call of `decode`. Arrays [R]."""
+
+    token: Any
+    """int32: the last token of its text, which is not in the cache yet."""
+    length: Any
+    """int32: how many tokens are in its cache."""
+    position: Any
+    """int32: where the next token stands in its text."""
+    steps: Any
+    """int32: how many tokens to draw, at most CHUNK; 0: it rests."""
+    seed: Any
+    """int32."""
+    sampling: Sampling
+    """float32, int32, float32."""
+
+    @classmethod
+    def resting(cls, count: int) -> "Rows":
+        """In numpy, to be filled in."""
+        token, length, position, steps, seed, top_k = np.zeros((6, count), np.int32)
+        temperature, top_p = np.ones((2, count), np.float32)
+        sampling: Any = (temperature, top_k, top_p)
+        return cls(token, length, position, steps, seed, Sampling(*sampling))
+
+
+class Ranks(NamedTuple):
+    """How likely tokens were, by the model itself: before temperature, top-k and top-p."""
+
+    logprobs: Any
+    """float32 [...]: natural logarithms of their probabilities."""
+    top_ids: Any
+    """int32 [..., N]: the likeliest tokens in their places, the likeliest first."""
+    top_logprobs: Any
+    """float32 [..., N]."""
+
+
+class Decoder:
+    """The programs, the parameters, and the cache with the rows. `decode` and `read` change the
+    cache in place."""
+
+    def __init__(self, params: Any, config: ModelConfig, rows: int):
+        """`params`: unstacked (`decode_layout`)."""
+        self.config, self.rows = config, rows
+        one = init_cache(
+            config, 1, config.block_size, compute_dtype(config), stacked=False, lanes=lanes()
+        )
+        cache = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), (one.keys, one.values))
+        # Where it is, for all to see: what a program returns is there too, and JAX compiles anew
+        # for arrays of which that is known.
+        self._params, self._cache = jax.device_put((params, cache), jax.local_devices()[0])
+        # Not with `sampling_compiler_options`: products over many rows are large (0.8M, 32 rows of
+        # 256: 2.3 instead of 3.1 ms of CPU time a step).
+        self._decode = jax.jit(functools.partial(_decode, config=config), donate_argnums=1)
+        self._read = jax.jit(functools.partial(_read, config=config), donate_argnums=1)
+        self._look = jax.jit(functools.partial(_look, config=config))
+
+    @numerics.standard()
+    def decode(self, rows: Rows, ranked: bool) -> tuple[np.ndarray, Ranks]:
+        """Draw `rows.steps` tokens in each row: (int32 [K, R], of which `steps` count, how likely
+        each was [K, R], if `ranked`)."""
+        count = np.int32(rows.steps.max())
+        self._cache, out = self._decode(self._params, self._cache, rows, count, ranked)
+        tokens, ranks = jax.device_get(out)
+        return tokens, Ranks(*ranks)
+
+    @numerics.standard()
+    def read(self, row: int, tokens: np.ndarray, done: int, ranked: bool) -> tuple[int, int, Ranks]:
+        """Read a piece of a window into the row's cache, which has `done` tokens of it. `tokens`:
+        int32 [n + 1], the window (n <= S) and the token after it. How many tokens are there now;
+        where the piece began; and, if `ranked`, how likely the token after each of it was [T]."""
+        block, count = self.config.block_size, len(tokens) - 1
+        size = bucket(min(count - done, PIECE), min(block, PIECE))
+        # Where the padding would not fit, some tokens are read again.
+        at = min(done, block - size)
+        padded = np.zeros(size + 1, np.int32)
+        padded[: count + 1 - at] = tokens[at : at + size + 1]
+        piece = padded[:-1], padded[1:]
+        self._cache, ranks = self._read(
+            self._params, self._cache, np.int32(row), *piece, np.int32(at), ranked
+        )
+        return min(count, at + size), at, Ranks(*jax.device_get(ranks))
+
+    @numerics.standard()
+    def look(self, row: int, token: int, length: int) -> np.ndarray:
+        """float32 [L, H, length + 1]: how much each head looks from `token` at the `length` tokens
+        in the row's cache, and at the token itself. Changes nothing."""
+        weights = self._look(self._params, self._cache, *map(np.int32, (row, token, length)))
+        return np.asarray(weights)[..., : length + 1]
+
+    def warm(self) -> None:
+        """Compile everything now: nobody shall wait for it later."""
+        rows = Rows.resting(self.rows)
+        rows.steps[:] = 1
+        self.decode(rows, False)
+        most = min(self.config.block_size, PIECE)
+        for size in sorted({bucket(length, most) for length in range(1, most + 1)}):
+            self.read(0, np.zeros(size + 1, np.int32), 0, False)
+        if self.config.n_layer:
+            self.look(0, 0, 0)
+
+
+def _decode(
+    params: Any, cache: Any, rows: Rows, count: jax.Array, ranked: jax.Array, *, config: ModelConfig
+) -> tuple[Any, tuple[jax.Array, Ranks]]:
+    """`Decoder.decode`; `count` []: the largest of `rows.steps`. All rows draw so many; what a row
+    writes beyond its own steps lies beyond its tokens, as padding does: masked, and overwritten."""
+
+    def feed(token: Any, keys: Any, values: Any, length: Any) -> tuple[Any, Any, Any]:
+        logits, cache = model.apply(config, params, token[None, None], Cache(keys, values, length))
+        assert cache is not None
+        return logits[0], cache.keys, cache.values
+
+    def keys_of(seed: jax.Array, position: jax.Array) -> jax.Array:
+        return hash_keys(random_key(seed), position, CHUNK, 1)  # type: ignore[arg-type]
+
+    def unfiltered(logits: jax.Array, keys: jax.Array, temperature: Any) -> jax.Array:
+        return sample(logits, keys, Sampling(temperature))
+
+    keys = jax.vmap(keys_of)(rows.seed, rows.position)  # [R, K, 1, 2]
+    drawing = rows.steps > 0
+    filtered = (drawing & ((rows.sampling.top_k > 0) | (rows.sampling.top_p < 1))).any()
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        token, length, (k, v), out = carry
+        logits, k, v = jax.vmap(feed)(token, k, v, length)  # [R, 1, V]
+        drawn = jax.lax.cond(
+            filtered,
+            lambda: jax.vmap(sample)(logits, keys[:, i], rows.sampling),
+            # Without the filters, which otherwise all rows would pay for.
+            lambda: jax.vmap(unfiltered)(logits, keys[:, i], rows.sampling.temperature),
+        )[:, 0]
+        ranks = jax.lax.cond(
+            ranked, lambda: _rank(logits[:, 0], drawn), lambda: _no_ranks(config, len(drawn))
+        )
+        out = jax.tree.map(lambda all, x: all.at[i].set(x), out, (drawn, ranks))
+        return drawn, length + 1, (k, v), out
+
+    shape = CHUNK, len(rows.token)
+    out = jnp.zeros(shape, jnp.int32), _no_ranks(config, *shape)
+    carry = rows.token, rows.length, cache, out
+    _, _, cache, out = jax.lax.fori_loop(0, count, body, carry)
+    return cache, out
+
+
+def _read(
+    params: Any,
+    cache: Any,
+    row: jax.Array,
+    tokens: jax.Array,
+    following: jax.Array,
+    start: jax.Array,
+    ranked: jax.Array,
+    *,
+    config: ModelConfig,
+) -> tuple[Any, Ranks]:
+    """Read int32 [T] tokens into a row's slots from `start` on; how likely those `following` each
+    of them were [T]."""
+    x, output, own = model.features(config, params, tokens[None], _row(cache, row, start))
+    assert own is not None
+
+    def rank() -> Ranks:
+        return _rank(head.logits(x[0], output, config.vocab_size), following)
+
+    ranks = jax.lax.cond(ranked, rank, lambda: _no_ranks(config, len(tokens)))
+
+    def write(rows: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(rows, new, row, 0)
+
+    return jax.tree.map(write, cache, (own.keys, own.values)), ranks
+
+
+def _look(
+    params: Any, cache: Any, row: jax.Array, token: jax.Array, length: jax.Array, *,
+    config: ModelConfig,
+) -> jax.Array:  # fmt: skip
+    """float32 [L, H, S]."""
+    found = activations(params, token[None, None], config, _row(cache, row, length))
+    weights = [found[f"h.{layer}.attn.weights"] for layer in range(config.n_layer)]
+    return jnp.stack(weights).reshape(config.n_layer, config.n_head, -1)
+
+
+def _row(cache: Any, row: jax.Array, length: jax.Array) -> Cache:
+    """A row's own, of which `length` tokens count."""
+    keys, values = jax.tree.map(
+        lambda rows: jax.lax.dynamic_index_in_dim(rows, row, 0, keepdims=False), cache
+    )
+    return Cache(keys, values, length)
+
+
+def _rank(logits: jax.Array, tokens: jax.Array) -> Ranks:
+    """float32 [n, V] logits, int32 [n] tokens."""
+    every = jax.nn.log_softmax(logits, axis=-1)
+    best, ids = jax.lax.top_k(every, min(ALTERNATIVES, logits.shape[-1]))
+    own = jnp.take_along_axis(every, tokens[:, None], axis=-1)[:, 0]
+    return Ranks(own, ids.astype(jnp.int32), best)
+
+
+def _no_ranks(config: ModelConfig, *shape: int) -> Ranks:
+    """Zeros."""
+    assert config.vocab_size
+    alternatives = *shape, min(ALTERNATIVES, config.vocab_size)
+    return Ranks(jnp.zeros(shape), jnp.zeros(alternatives, jnp.int32), jnp.zeros(alternatives))

@@ -1,0 +1,196 @@
+"""What clients ask is checked; what they are told is whole: characters, tokens, counts."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gptjax.config import ModelConfig
+from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
+from gptjax.errors import UserError
+from gptjax.serving.completions import Answer, Choice, Limits, attention_of, parse, spell
+from gptjax.serving.decoder import Ranks
+from gptjax.serving.engine import Piece
+
+LETTERS = CharTokenizer("\n abcdef")
+BYTES = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
+LIMITS = Limits(max_tokens=50, prompt_tokens=9, choices=6)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ([], "expected a JSON object"),
+        ({"prompt": "a", "max_tokns": 3}, "unknown parameter 'max_tokns'; did you mean max_tokens"),
+        ({"prompt": "a", "max_tokens": "3"}, "max_tokens is '3'; expected a whole number"),
+        ({"prompt": "a", "max_tokens": -1}, "max_tokens -1 must be at least 0"),
+        ({"prompt": "a", "max_tokens": 51}, "max_tokens 51 is more than 50"),
+        ({"prompt": "a", "temperature": -1}, r"temperature -1.* is outside \[0, 1e6\]"),
+        ({"prompt": "a", "temperature": math.nan}, "temperature nan is outside"),
+        ({"prompt": "a", "top_p": 0}, "top_p 0.* is outside"),
+        ({"prompt": "a", "top_k": -2}, "top_k -2 must be at least 0"),
+        ({"prompt": "a", "n": 0}, "n 0 must be at least 1"),
+        ({"prompt": ["a", "b"], "n": 4}, "2 prompts x n 4 are more than 6"),
+        ({"prompt": "a", "seed": -1}, "seed -1 must be at least 0"),
+        ({"prompt": "a", "seed": 2**31}, "seed 2147483648 must be below"),
+        ({"prompt": "a", "stop": ""}, "stop text must not be empty"),
+        ({"prompt": "a", "stop": [1]}, "stop is .1.; expected"),
+        ({"prompt": "a", "stop": list("abcde")}, "5 stop texts; at most 4"),
+        ({"prompt": "a", "logprobs": 11}, "logprobs 11 is more than 10"),
+        ({"prompt": "a", "best_of": 2}, "best_of is not supported"),
+        ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
+        ({"prompt": "a", "presence_penalty": 1}, "presence_penalty is not supported"),
+        ({"prompt": "a", "logit_bias": {"1": 2}}, "logit_bias is not supported"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "goes with stream"),
+        ({"prompt": "a", "stream_options": []}, "stream_options is an object"),
+        ({"prompt": "x"}, "the character 'x'"),
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": 3}, "a prompt is a text, or a list of token ids"),
+        ({"prompt": []}, "a prompt is a text"),
+        ({"prompt": [[1], []]}, "a prompt is a text"),
+        ({"prompt": [1.5]}, "a prompt is a text"),
+        ({"prompt": [8]}, "token id 8 is not one of the model's 0 to 7"),
+        ({"prompt": "abcdefabcd"}, "a prompt of 10 tokens is longer than 9"),
+    ],
+)
+def test_bad_requests_are_refused_with_a_reason(body, words):
+    with pytest.raises(UserError, match=words):
+        parse(body, LETTERS, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("ab", [[2, 3]]),
+        (None, [[0]]),
+        (["ab", "c"], [[2, 3], [4]]),
+        ([2, 3], [[2, 3]]),
+        ([[2, 3], [4]], [[2, 3], [4]]),
+    ],
+)
+def test_a_prompt_may_have_every_form_of_openais(prompt, expected):
+    asked = parse({"prompt": prompt, "n": None}, LETTERS, LIMITS)
+    assert [each.ids.tolist() for each in asked.prompts] == expected
+    assert asked.options.n == 1 and 0 <= asked.seed < 2**31
+
+
+class Heard(list):
+    """What a choice sends, of tokens that a test makes."""
+
+    def __init__(self, tokenizer, index=0, **body):
+        asked = parse({"prompt": "a", "max_tokens": 50, "seed": 7} | body, tokenizer, LIMITS)
+        self.choice = Choice(index, asked.prompts[0], asked, tokenizer, self.append)
+        self.stream = self.choice.stream()
+        self.answer = Answer("m", asked)
+
+    def tell(self, ids, last=False):
+        """As the engine does: token i has probability 1/2, token 0 1/4, in each place."""
+        n = len(ids)
+        logprobs = np.full((n, 2), np.log([0.5, 0.25]), np.float32)
+        top = np.stack([ids, np.zeros(n, int)], axis=1).astype(np.int32)
+        ranks = Ranks(logprobs[:, 0], top, logprobs)
+        goes = self.choice(self.stream, Piece(np.array(ids, np.int32), ranks, last))
+        assert goes == (self[-1]["finish_reason"] is None if self else True)
+        return goes
+
+    @property
+    def whole(self):
+        return self.answer.whole([self.choice], self)
+
+    @property
+    def text(self):
+        return "".join(new["text"] for new in self)
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}])
+def test_no_half_character_is_sent(more):
+    heard, ids = Heard(BYTES, **more), list("é中!".encode())
+    for id_ in ids:
+        heard.tell([id_])
+    heard.tell([ids[0]], last=True)  # at the very end
+    assert [new["text"] for new in heard if new["text"]] == ["é", "中", "!", "\ufffd"]
+    if told := heard.whole["choices"][0]["logprobs"]:
+        assert told["text_offset"] == [0, 0, 1, 1, 1, 2, 3]
+        assert told["tokens"][:2] == ["bytes:\\xc3", "bytes:\\xa9"] and told["tokens"][5] == "!"
+
+
+def test_a_stop_text_is_not_sent_and_ends_it():
+    heard = Heard(LETTERS, stop="cd", logprobs=0)
+    assert heard.tell(LETTERS.encode("abc"))
+    assert heard.text == "ab"
+    assert not heard.tell(LETTERS.encode("def"))
+    assert (heard.text, heard[-1]["finish_reason"]) == ("ab", "stop")
+    assert heard.whole["usage"] == {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}
+    assert heard.whole["choices"][0]["logprobs"]["tokens"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1}])
+def test_the_end_of_text_token_ends_it(more):
+    heard = Heard(BYTES, return_token_ids=True, **more)
+    assert not heard.tell([97, 98, BYTES.eot, 99])
+    (choice,) = heard.whole["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("ab", "stop")
+    assert choice["token_ids"] == [97, 98, BYTES.eot] and choice["prompt_token_ids"] == [97]
+    assert heard.whole["usage"]["completion_tokens"] == 3
+    assert not more or choice["logprobs"]["tokens"] == ["a", "b"]
+
+
+def test_logprobs_have_openais_form():
+    heard = Heard(LETTERS, logprobs=2, echo=True, max_tokens=2)
+    heard.tell(LETTERS.encode("b"))
+    assert heard[0]["logprobs"]["tokens"] == ["a", "b"]  # as soon as their text is
+    heard.tell(LETTERS.encode("c"), last=True)
+    (choice,) = heard.whole["choices"]
+    half, quarter = (pytest.approx(math.log(p), abs=1e-5) for p in (0.5, 0.25))
+    assert choice == {
+        "index": 0,
+        "text": "abc",
+        "finish_reason": "length",
+        "logprobs": {
+            "tokens": ["a", "b", "c"],
+            "token_logprobs": [None, half, half],
+            "top_logprobs": [None, {"b": half, "\n": quarter}, {"c": half, "\n": quarter}],
+            "text_offset": [0, 1, 2],
+        },
+    }
+
+
+def test_a_choice_is_drawn_with_its_own_seed():
+    assert [Heard(LETTERS, index=i, n=3).stream.request.seed for i in range(6)] == [7, 8, 9] * 2
+    assert Heard(LETTERS, top_k=8).stream.request.sampling.top_k == 0  # all there are
+    assert Heard(LETTERS, top_k=7).stream.request.sampling.top_k == 7
+
+
+def test_tokens_are_spelled_for_people():
+    assert spell(LETTERS, 2) == "a" and spell(BYTES, 0xE4) == "bytes:\\xe4"
+    assert spell(BYTES, BYTES.eot) == "<|endoftext|>"
+
+
+MODEL = ModelConfig(n_layer=1, n_head=1, n_embd=4, block_size=4, vocab_size=8)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (3, "expected a JSON object"),
+        ({}, "either a text or a list of tokens"),
+        ({"text": "a", "tokens": [1]}, "either a text or a list of tokens"),
+        ({"text": "ab", "position": 2}, "position must be one of 0 to 1"),
+        ({"text": "ab", "position": True}, "position must be"),
+        ({"text": "ab", "prompt_tokens": 3}, "prompt_tokens must be one of 1 to 2"),
+        ({"tokens": [9]}, "token id 9"),
+    ],
+)
+def test_bad_requests_for_attention_are_refused(body, words):
+    with pytest.raises(UserError, match=words):
+        attention_of(body, LETTERS, MODEL)
+
+
+def test_attention_is_asked_of_what_the_token_saw():
+    ids = [1, 2, 3, 4, 5, 6, 7]
+    seen, start = attention_of({"tokens": ids, "prompt_tokens": 2}, LETTERS, MODEL)
+    # 4 was the last of a full block; then 5 saw 4, and what came after.
+    assert (seen.tolist(), start) == ([4, 5, 6, 7], 3)
+    seen, start = attention_of({"tokens": ids, "position": 3, "prompt_tokens": 2}, LETTERS, MODEL)
+    assert (seen.tolist(), start) == ([1, 2, 3, 4], 0)
+    assert attention_of({"text": "ab"}, LETTERS, MODEL)[0].tolist() == [2, 3]
