@@ -209,12 +209,17 @@ class Engine:
         most = int(np.clip(INTERVAL / self._seconds, 1, CHUNK))
         ranked = False
         for row, stream in enumerate(self._rows):
-            if stream is None or self._unread(stream):
+            if stream is None:
+                continue
+            unread = self._unread(stream)
+            # Also of a row that rests: what is written there must lie beyond what has been read.
+            rows.length[row] = stream._cached
+            if unread:
                 continue
             text, request = stream._text, stream.request
             left = len(request.prompt) + request.max_new_tokens - len(text)
             rows.steps[row] = min(most, left, block - stream._cached)
-            rows.token[row], rows.length[row] = text[-1], stream._cached
+            rows.token[row] = text[-1]
             rows.position[row], rows.seed[row] = len(text), request.seed
             settings: Any = rows.sampling
             for of_all, own in zip(settings, request.sampling, strict=True):

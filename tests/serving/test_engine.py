@@ -197,10 +197,25 @@ def test_too_many_are_refused_and_none_of_them_is_taken():
     served.submit([Stream(endless(), Reader())])
 
 
-def test_a_long_prompt_does_not_stop_those_that_draw(monkeypatch):
-    monkeypatch.setattr(engine, "INTERVAL", 1e-9)  # so that one piece is read at a time
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Prompts are read two tokens at a time, and others draw in between."""
+    monkeypatch.setattr(engine, "INTERVAL", 1e-9)
     monkeypatch.setattr(decoder, "PIECE", 2)
     monkeypatch.setattr(decoder, "bucket", lambda length, most: most)
+
+
+def test_what_others_draw_while_a_prompt_is_read_changes_no_text(small_pieces):
+    requests = mixed(12, 2)
+    for request, reader in zip(requests, run_until_idle(make(rows=4), requests), strict=True):
+        expected = generate(
+            PARAMS, request.prompt, request.max_new_tokens, CONFIG, request.sampling,
+            seed=request.seed, overflow="half",
+        )  # fmt: skip
+        assert reader.ids == np.concatenate(list(expected), axis=1)[0].tolist()
+
+
+def test_a_long_prompt_does_not_stop_those_that_draw(small_pieces):
     served, drawing = make(rows=2), Reader()
     served.submit([Stream(endless(), drawing)])
     served.step()
