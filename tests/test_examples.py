@@ -13,6 +13,7 @@ import nbformat
 
 from examples import execute
 
+LONG = "08_residuals", "09_gpt", "10_package"
 NEEDS_TORCH = "12_pytorch", "14_gpt2"
 NAMES = [path.stem for path in execute.NOTEBOOKS]
 
@@ -83,7 +84,9 @@ def test_a_stale_notebook_is_noticed():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHAKESPEARE.is_file(), reason="Tiny Shakespeare is not here")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in NAMES]
+)
 def test_executed_anew_it_prints_the_same(name):
     if name in NEEDS_TORCH:
         pytest.importorskip("transformers", reason="needs PyTorch and transformers")

@@ -123,6 +123,7 @@ def test_rare_tokens_win_as_often_as_they_should(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fifty_thousand_tokens_are_drawn_by_their_probabilities():
     """Chi-square, with 50,000 tokens of which each is drawn once in a hundred million
     times (with 23 bits once in three billion times, which

@@ -119,7 +119,7 @@ def explain(found: "Suggestion", dataset: "Dataset", seconds: float) -> str:
         " 40 times nothing is left to learn (arXiv:2305.16264)",
         f"dropout    {model.dropout:g}",
         f"batch      {config.batch_size} x {model.block_size} = {speed.tokens:,} tokens a step,"
-        " in proportion to the root of all tokens, as in the configs that come with gptjax",
+        " in proportion to the root of all tokens, near those of the small configs",
         f"rate       {rate} ({why})",
         f"time       {duration(found.seconds)} of {duration(seconds)}: {config.max_steps:,} steps"
         f" of {speed.step:.3g} s, {evaluations} evaluations of"

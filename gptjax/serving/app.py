@@ -61,7 +61,8 @@ class Server:
 
     def app(self, hosts: Collection[str] = ()) -> "Guard":
         """`hosts`: names of this server besides localhost and addresses."""
-        page = importlib.resources.files("gptjax.serving").joinpath("playground.html").read_text()
+        file = importlib.resources.files("gptjax.serving").joinpath("playground.html")
+        page = file.read_text(encoding="utf-8")
         headers = {"content-security-policy": content_policy(page)}
 
         async def playground(_: Request) -> Response:
@@ -323,7 +324,7 @@ def serving(app: Any, bound: socket.socket) -> Iterator[None]:
     """Answer in a thread of its own, within."""
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False,
-        limit_concurrency=256, h11_max_incomplete_event_size=1 << 16,
+        limit_concurrency=256, http="h11", h11_max_incomplete_event_size=1 << 16,
     )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)

@@ -269,13 +269,14 @@ class Choice:
         return taken
 
     def _tell_prompt(self, ranks: Ranks | None) -> None:
-        grown = GrowingText(self._tokenizer)
+        grown, length = GrowingText(self._tokenizer), len(self._prompt.text)
         for i, id_ in enumerate(self._prompt.ids):
-            start = grown.whole
+            start = min(grown.whole, length)
             grown.extend(self._prompt.ids[i : i + 1])
             known = ranks is not None and not np.isnan(ranks.logprobs[i])
             found = (x[i] for x in ranks) if ranks and known else (None, (), ())
-            self._told.add(int(id_), start, grown.whole, *found)
+            # The token that stands for an empty prompt is none of its text.
+            self._told.add(int(id_), start, min(grown.whole, length), *found)
 
 
 class _Logprobs:
@@ -306,11 +307,11 @@ class _Logprobs:
         which a stop text may have left only the beginning."""
         if self.wanted is None:
             return None
-        taken = [
-            fields
-            for start, end, fields in self._waiting
-            if end <= sent or (all_of_them and start < sent)
-        ]
+        taken = []
+        for start, end, fields in self._waiting:
+            if not (end <= sent or (all_of_them and start < sent)):
+                break
+            taken.append(fields)
         self._waiting = self._waiting[len(taken) :]
         names = "tokens", "token_logprobs", "top_logprobs", "text_offset"
         return {name: [fields[name] for fields in taken] for name in names}

@@ -65,7 +65,7 @@ def test_training_is_measured_by_itself(command, tmp_path, tiny):
             "--max-new-tokens 15 --num-samples 2 --against hf",
             ["gptjax", "hf with cache"],
         ),
-        ("startup", "", ["gptjax", "gptjax, cold", "torch"]),
+        pytest.param("startup", "", ["gptjax", "gptjax, cold", "torch"], marks=pytest.mark.long),
     ],
 )
 def test_every_mode_measures_every_side(command, tmp_path, tiny, mode, flags, sides):

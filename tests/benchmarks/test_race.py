@@ -25,6 +25,7 @@ def test_recipes_that_are_not_there_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_both_sides_learn_the_same(monkeypatch, tmp_path, capsys):
     pytest.importorskip("torch", reason="needs PyTorch")
     short = f"{race.FAST} --max-steps 60 --eval-interval 30"

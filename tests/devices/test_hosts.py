@@ -154,7 +154,10 @@ print(setup.describe(), hosts.all_gather(5 if main else 6),
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "strategy"), [(2, "pmap"), (4, "pmap"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("count", "strategy"),
+    [(2, "pmap"), pytest.param(4, "pmap", marks=pytest.mark.long), (2, "fsdp")],
+)
 def test_hosts_train_as_one_does(count, strategy, uninterrupted, tmp_path, text_file, cache_dir):
     flags = [*FLAGS, "--strategy", strategy]
     results = [finish(process) for process in start_hosts(count, tmp_path, cache_dir, *flags)]
