@@ -58,7 +58,12 @@ def test_training_is_measured_by_itself(command, tmp_path, tiny):
 @pytest.mark.parametrize(
     ("mode", "flags", "sides"),
     [
-        ("train", "--gradient-accumulation-steps 2", ["gptjax", "torch", "torch.compile"]),
+        pytest.param(
+            "train",
+            "--gradient-accumulation-steps 2",
+            ["gptjax", "torch", "torch.compile"],
+            marks=pytest.mark.long,
+        ),
         ("generate", "--max-new-tokens 20", ["gptjax", "torch"]),
         (
             "generate",
