@@ -106,9 +106,8 @@ def _as_dict(block: Table | Bars | Heads) -> dict[str, Any]:
     """For the template."""
     if isinstance(block, Heads):
         layers, heads, size, _ = block.weights.shape
-        weights = page.shares(block.weights)
         sizes = {"layers": layers, "heads": heads, "tokens": [*block.tokens], "size": size}
-        return {"kind": "heads", "data": sizes | {"weights": weights}, "sizes": sizes}
+        return {"kind": "heads", "data": sizes | {"weights": page.shares(block.weights)}}
     if isinstance(block, Bars):
         most = max(block.values) or 1.0
         bars = [

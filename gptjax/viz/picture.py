@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gptjax import run_logs
-from gptjax.errors import RunError, UserError
+from gptjax.errors import UserError
+from gptjax.viz import figure
 
 
 def draw(run_dirs: Sequence[Path], out: Path) -> None:
@@ -19,15 +20,7 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
     logs = [run_logs.read_metrics(run_dir / "metrics.jsonl") for run_dir in run_dirs]
     if out.is_dir():
         raise UserError(f"cannot draw {out}: it is a folder; name a file in it")
-    try:  # optional
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'gptjax[viz]'") from None
-    # Not pyplot: it keeps a global state and may open a screen.
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    drawing, axes = figure.new()
     late = list[float]()
     for number, (run_dir, rows) in enumerate(zip(run_dirs, logs, strict=True)):
         prefix, color = ("", "C0") if len(run_dirs) == 1 else (f"{run_dir.name}: ", f"C{number}")
@@ -53,12 +46,7 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    try:
-        figure.savefig(out, dpi=120)
-    except ValueError as error:
-        raise UserError(f"cannot draw {out}: {error}") from None
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}") from None
+    figure.save(drawing, out)
 
 
 def _points(rows: Sequence[dict[str, Any]], field: str) -> list[tuple[int, float]]:

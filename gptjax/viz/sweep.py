@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax import sweep
-from gptjax.errors import RunError, UserError
 from gptjax.sweep import Result
+from gptjax.viz import figure
 
 
 def draw(name: str, results: Sequence[Result], out: Path) -> None:
@@ -16,15 +16,7 @@ def draw(name: str, results: Sequence[Result], out: Path) -> None:
         UserError: matplotlib is not installed.
         RunError: the picture cannot be written.
     """
-    try:  # optional
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("drawing needs matplotlib: pip install 'gptjax[viz]'") from None
-    # Not pyplot: it keeps a global state and may open a screen.
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    drawing, axes = figure.new()
     ordered = sorted(results, key=lambda result: float(result.value))
     for field, style, alpha in (("final", "o-", 1.0), ("best", "o--", 0.5)):
         points = [(float(r.value), y) for r in ordered if (y := getattr(r, field)) is not None]
@@ -43,7 +35,4 @@ def draw(name: str, results: Sequence[Result], out: Path) -> None:
     axes.set(xlabel=name, ylabel="validation loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(out, dpi=120)
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}") from None
+    figure.save(drawing, out)
