@@ -49,9 +49,10 @@ def main(argv: list[str], prog: str) -> None:
                 f"--out {out}: expected the name of an .html file in a folder that exists"
             )
     is_run, config = terminal.is_run(folder), None
-    # A name with an owner is one on the Hub, if nothing of that name is here.
-    foreign = (folder.exists() and folder.suffix not in (".py", ".json")) or name.count("/") == 1
-    if not is_run and not (foreign and (folder.exists() or not folder.parent.exists())):
+    here = folder.exists() and folder.suffix not in (".py", ".json")
+    # A name with an owner is one on the Hub, if there is no such folder.
+    on_hub = name.count("/") == 1 and not folder.parent.exists()
+    if not (is_run or here or on_hub):
         try:
             config = config_io.load_config(name)[0].replace(seed=given.seed)
         except UserError as error:

@@ -127,6 +127,15 @@ def test_explain_walks_through_a_run_or_an_untrained_config(
     assert "now is" in (tmp_path / "walk.html").read_text()
 
 
+def test_a_config_in_a_folder_is_explained_as_one(gptjax, text_file, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "fresh.py").write_text(
+        "from gptjax.config import *\n"
+        "config = TrainConfig(ModelConfig(1, 2, 16, 16), DataConfig('text.txt'))"
+    )
+    assert "(untrained)" in gptjax("explain", "mine/fresh.py", "--prompt", "now is")
+
+
 def test_explain_asks_the_hub_for_a_name_with_an_owner(gptjax, monkeypatch):
     monkeypatch.setattr(run, "from_pretrained", lambda name: (_ for _ in ()).throw(UserError(name)))
     with pytest.raises(UserError, match="openai-community/gpt2"):
