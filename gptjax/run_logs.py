@@ -2,6 +2,7 @@
 history.jsonl (`history`). Reading them needs no JAX."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     """The events of a history.jsonl, as `history.History` writes them; none of a run that has no
     such file. Raises UserError if it is damaged."""
     return _read(path, _is_event) if path.exists() else []
+
+
+def finite(value: Any) -> Any:
+    """None for what JSON and a picture do not have: NaN and infinities, which a log may."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _read(path: Path, is_right: Callable[[Any], bool]) -> list[dict[str, Any]]:

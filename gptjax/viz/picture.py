@@ -50,4 +50,5 @@ def draw(run_dirs: Sequence[Path], out: Path) -> None:
 
 
 def _points(rows: Sequence[dict[str, Any]], field: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[field]) for row in rows if row.get(field) is not None]
+    found = ((row["step"], run_logs.finite(row.get(field))) for row in rows)
+    return [(step, loss) for step, loss in found if loss is not None]

@@ -53,7 +53,7 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 def _gather_one(run_dir: Path) -> dict[str, Any]:
     rows = run_logs.read_metrics(run_dir / "metrics.jsonl")
-    if not any(_finite(row.get(name)) is not None for row in rows for name in LOSSES):
+    if not any(run_logs.finite(row.get(name)) is not None for row in rows for name in LOSSES):
         raise UserError(f"{run_dir}/metrics.jsonl has no losses yet")
     history = run_logs.read_history(run_dir / "history.jsonl")
     starts = [event for event in history if event["event"] == "start"]
@@ -61,23 +61,23 @@ def _gather_one(run_dir: Path) -> dict[str, Any]:
     samples = {event["step"]: event["text"] for event in history if event["event"] == "sample"}
     settings, tokens_per_step, parameters, tokenizer = _settings(run_dir)
     newest = starts[-1] if starts else {}
-    evaluated = [row for row in rows if _finite(row.get("val_loss")) is not None]
+    evaluated = [row for row in rows if run_logs.finite(row.get("val_loss")) is not None]
     best = min(evaluated, key=lambda row: row["val_loss"], default=None)
     thinned = _thinned(rows, best)
     return {
         "folder": str(run_dir),
-        "rows": {name: [_finite(row.get(name)) for row in thinned] for name in SERIES},
+        "rows": {name: [run_logs.finite(row.get(name)) for row in thinned] for name in SERIES},
         "best": best and {"step": best["step"], "val_loss": best["val_loss"]},
         "last": rows[-1]["step"],
         "tokens_per_step": tokens_per_step,
         "parameters": parameters,
         "tokenizer": newest.get("tokenizer", tokenizer),
         "text": newest.get("data"),
-        "bytes_per_token": _finite(newest.get("bytes_per_token")),
+        "bytes_per_token": run_logs.finite(newest.get("bytes_per_token")),
         "starts": [
             {
                 "step": event["step"],
-                "time": _finite(event["time"]),
+                "time": run_logs.finite(event["time"]),
                 "end": _end(history, event),
                 "machine": f"{event.get('devices', '')}, {event.get('machine', '')}",
                 "versions": f"gptjax {event.get('gptjax')}, JAX {event.get('jax')}",
@@ -112,11 +112,6 @@ def _thinned(rows: list[dict[str, Any]], best: Any) -> list[dict[str, Any]]:
         found = [i for i, row in enumerate(rows) if row.get(name) is not None]
         chosen.update(found[:: math.ceil(len(found) / MOST_POINTS) or 1])
     return [rows[i] for i in sorted(chosen)]
-
-
-def _finite(value: Any) -> Any:
-    """None for what JSON and a picture do not have."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _same(runs: Sequence[dict[str, Any]], name: str) -> bool:

@@ -26,6 +26,13 @@ def test_a_run_is_drawn_in_the_format_of_the_name(run_dir):
     assert "<svg" in (run_dir / "both.svg").read_text()
 
 
+def test_numbers_that_are_none_are_left_out(run_dir):
+    with (run_dir / "metrics.jsonl").open("a") as log:
+        log.write('\n{"step": 50, "train_loss": NaN, "val_loss": Infinity}\n')
+    picture.draw([run_dir], run_dir / "loss.svg")
+    assert "<svg" in (run_dir / "loss.svg").read_text()
+
+
 def test_what_cannot_be_drawn_is_one_clear_line(run_dir):
     for out, words in (("x.foo", "cannot draw .*x.foo"), ("..", "it is a folder")):
         with pytest.raises(UserError, match=words):
