@@ -20,9 +20,10 @@ RECORD = "sweep.json"
 """In a run's folder, once it is over: the settings and what came of them."""
 
 
-def values(text: str, points: int) -> list[str]:
+def values(text: str, points: int, whole: bool) -> list[str]:
     """Those that a flag's text, which `VALUES` matches, names: a list, or a range, of which it
-    takes `points` at equal ratios, rounded to three digits. Raises UserError: a bad range."""
+    takes `points` at equal ratios: the ends, and between them numbers rounded to three digits, or
+    to `whole` ones. Raises UserError: a bad range."""
     found = VALUES.fullmatch(text)
     assert found, text
     if found[3]:
@@ -33,9 +34,9 @@ def values(text: str, points: int) -> list[str]:
             f"{text}: a range takes two different numbers above 0, and --points of at least 2;"
             " or list the values: 0,0.1,0.2"
         )
-    whole = found[1].isdigit() and found[2].isdigit()
-    ratios = (first * (last / first) ** (n / (points - 1)) for n in range(points))
-    return [*dict.fromkeys(f"{round(x)}" if whole else f"{float(f'{x:.3g}'):g}" for x in ratios)]
+    between = (first * (last / first) ** (n / (points - 1)) for n in range(1, points - 1))
+    inner = (f"{round(x)}" if whole else f"{float(f'{x:.3g}'):g}" for x in between)
+    return [*dict.fromkeys((found[1], *inner, found[2]))]
 
 
 @dataclasses.dataclass(frozen=True)

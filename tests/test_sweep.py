@@ -16,29 +16,34 @@ def result(value, final, best=None, diverged=None):
 @pytest.mark.parametrize(
     ("text", "points", "expected"),
     [
-        ("1e-4..1e-2", 5, ["0.0001", "0.000316", "0.001", "0.00316", "0.01"]),
-        ("1e-2..1e-4", 3, ["0.01", "0.001", "0.0001"]),
+        ("1e-4..1e-2", 5, ["1e-4", "0.000316", "0.001", "0.00316", "1e-2"]),
+        ("1e-2..1e-4", 3, ["1e-2", "0.001", "1e-4"]),
+        ("0.0012345..0.12345", 3, ["0.0012345", "0.0123", "0.12345"]),
+        ("1..2", 3, ["1", "1.41", "2"]),
         ("1e-3,3e-3", 5, ["1e-3", "3e-3"]),
         ("0,0.1,0.1,.2", 5, ["0", "0.1", ".2"]),
         ("-1,1", 5, ["-1", "1"]),
-        ("2..8", 3, ["2", "4", "8"]),
-        ("1..3", 9, ["1", "2", "3"]),
         ("0.5..2", 3, ["0.5", "1", "2"]),
     ],
 )
 def test_values_are_a_list_or_a_range(text, points, expected):
-    assert sweep.values(text, points) == expected
+    assert sweep.values(text, points, whole=False) == expected
+
+
+def test_whole_numbers_stay_whole():
+    assert sweep.values("2..8", 3, whole=True) == ["2", "4", "8"]
+    assert sweep.values("1..3", 9, whole=True) == ["1", "2", "3"]
 
 
 def test_a_range_has_equal_ratios():
-    found = np.array([float(x) for x in sweep.values("3e-5..0.7", 7)])
+    found = np.array([float(x) for x in sweep.values("3e-5..0.7", 7, whole=False)])
     np.testing.assert_allclose(found, np.geomspace(3e-5, 0.7, 7), rtol=5e-3)
 
 
 @pytest.mark.parametrize("text", ["0..1", "1..1", "-1..1", "1e-999..1", "1..1e999"])
 def test_a_range_without_ratios_is_refused(text):
     with pytest.raises(UserError, match=r"a range takes two different numbers above 0.*or list"):
-        sweep.values(text, 3)
+        sweep.values(text, 3, whole=False)
 
 
 @pytest.mark.parametrize("text", ["1", "1..", "..", "1,", "a..b", "10:15", "1,a", "1..2..3", ""])

@@ -26,9 +26,16 @@ def _records(path):
             break
         parts += content[at + HEADER : at + HEADER + length]
         at += HEADER + length
+        if at > len(content):
+            break
         if kind in (1, 4):  # whole, or the last part
             yield wandb_internal_pb2.Record.FromString(parts)
             parts = b""
+
+
+def history_steps(path):
+    items = (r.history.item for r in _records(path) if r.HasField("history"))
+    return [int(x.value_json) for item in items for x in item if x.nested_key == ["_step"]]
 
 
 def read_wandb(run_dir):

@@ -67,7 +67,7 @@ def main(argv: list[str], prog: str) -> None:
 
     newest = run_metadata.newest_metadata(run_dir)
     if newest is None:
-        raise UserError(f"no run in {run_dir}")
+        raise UserError(f"no checkpoint in {run_dir}: training stopped before it saved one")
     setup.start(RuntimeConfig(device=given.device, num_devices=given.num_devices))
     setup.use_compilation_cache(files.cache_dir() / "xla")
     count = setup.device_count()

@@ -54,6 +54,10 @@ def start(command: Callable[[list[str], str], None], prog: str) -> NoReturn:
     """`run`, as the whole process."""
     code = run(command, prog)
     if code or _skips_farewell.is_set():
+        if not code and peer_failure.PeerMonitor.active:
+            import jax
+
+            jax.distributed.shutdown()  # so that the other hosts need not wait
         # Python's farewell would crash where XLA's threads are still at work.
         interrupts.leave(code, streams=(sys.stdout, sys.stderr))
     sys.exit()
@@ -63,10 +67,6 @@ def skip_farewell() -> None:
     """The process shall end as soon as its command has: some library's part of Python's farewell
     may take for ever."""
     _skips_farewell.set()
-    if peer_failure.PeerMonitor.active:
-        import jax
-
-        jax.distributed.shutdown()  # so that the other hosts need not wait
 
 
 def run(command: Callable[[list[str], str], None], prog: str) -> int:

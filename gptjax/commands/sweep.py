@@ -1,6 +1,7 @@
 """gptjax sweep [CONFIG] --learning-rate 1e-4..1e-2: a run for each of several values."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +52,9 @@ def main(argv: list[str], prog: str) -> None:
         )
     ((name, text),) = swept.items()
     flag = f"--{name.replace('_', '-')}"
-    settings = {value: setting(flag, value, prog) for value in sweep.values(text, count)}
+    (number,) = setting(flag, re.split(r"\.\.|,", text)[0], prog).values()
+    values = sweep.values(text, count, whole=type(number) is int)
+    settings = {value: setting(flag, value, prog) for value in values}
     named = [f"--run-dir={own['run_dir']}"] if "run_dir" in own else []
     first = f"{flag}={next(iter(settings))}"
     config, runtime, tokenizer, prints = train.read_settings(

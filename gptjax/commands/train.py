@@ -58,15 +58,16 @@ def run(config: TrainConfig, runtime: RuntimeConfig, tokenizer: Any) -> Any:
     from gptjax.trackers.callback import Trackers
 
     stop, display, trackers = StopSignal(), ProgressDisplay(), Trackers()
-    with contextlib.closing(stop), contextlib.closing(display), contextlib.closing(trackers):
-        callbacks = [stop, MetricsLog(), History(), display, Samples(display), Profile(), trackers]
-        trainer = launch.train(
-            config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
-            console=console.make(),
-        )  # fmt: skip
-    if trackers.hangs:
-        process.skip_farewell()
-    return trainer
+    callbacks = [stop, MetricsLog(), History(), display, Samples(display), Profile(), trackers]
+    try:
+        with contextlib.closing(stop), contextlib.closing(display), contextlib.closing(trackers):
+            return launch.train(
+                config, runtime, tokenizer=tokenizer, callbacks=callbacks, stop=lambda: stop.number,
+                console=console.make(),
+            )  # fmt: skip
+    finally:
+        if trackers.hangs:
+            process.skip_farewell()
 
 
 def read_settings(

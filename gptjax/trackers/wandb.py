@@ -3,7 +3,6 @@
 import html
 import json
 import os
-import re
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,6 @@ from typing import Any
 
 from gptjax import files
 from gptjax.trackers.base import Entry, Tracker
-
-STEP = re.compile(rb"_step\x82\x01(.)(\d+)", re.DOTALL)
-"""In a record: the name of a number, a protobuf tag, a length, the number in JSON."""
 
 BLOCK, HEAD = 32768, 7
 """Bytes of a record file's blocks, and of the head of the file and of each part of a record."""
@@ -37,10 +33,9 @@ class Wandb(Tracker):
             files.write_atomic(path, json.dumps({"id": run_id}) + "\n")
         folder = files.cache_dir() if files.is_remote(run_dir) else run_dir
         recorded = [
-            int(number[: length[0]])
+            step
             for file in folder.glob(f"wandb/offline-*-{run_id}/run-{run_id}.wandb")
-            for record in whole_records(file.read_bytes())
-            for length, number in STEP.findall(record)
+            for step in steps(file.read_bytes())
         ]
         mode: Any = os.environ.get("WANDB_MODE") or "online"
         if mode == "online" and not wandb.login(prompt=False):
@@ -67,6 +62,16 @@ class Wandb(Tracker):
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
+
+
+def steps(content: bytes) -> Iterator[int]:
+    """Those that a record file has the numbers of."""
+    from wandb.proto import wandb_internal_pb2
+
+    message = wandb_internal_pb2.Record  # type: ignore[attr-defined]
+    for record in map(message.FromString, whole_records(content)):
+        if record.HasField("history"):
+            yield record.history.step.num
 
 
 def whole_records(content: bytes) -> Iterator[bytes]:

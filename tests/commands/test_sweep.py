@@ -106,6 +106,7 @@ def test_without_matplotlib_there_is_no_picture_and_no_failure(copy, gptjax, mon
         ("--learning-rate 1..2 --points 1", "points 1 must be at least 2"),
         ("--learning-rat 1,2", "unknown flag --learning-rat; did you mean --learning-rate"),
         ("--n-layer 1,1.5", "--n-layer '1.5': expected a whole number"),
+        ("--n-layer 1..2.5", "--n-layer '2.5': expected a whole number"),
         ("--bias 1,0", "--bias"),
         ("--eval-interval 1,2", "unknown flag --eval-interval"),
         ("--dropout 0.1,2", "dropout 2.0 is outside"),

@@ -2,7 +2,9 @@
 
 import helpers
 import pytest
-from tracker_records import read_wandb
+from tracker_records import history_steps, read_wandb
+
+from gptjax.trackers import wandb
 
 pytest.importorskip("wandb", reason="it is an extra")
 pytestmark = pytest.mark.slow  # it starts a process
@@ -38,6 +40,19 @@ def test_a_resumed_run_goes_on_in_its_record_without_repeating_a_step(tracked, t
     assert len(ids) == 1
     for name in ("_step", "train_loss", "val_loss", "grad_norm"):
         assert [row.get(name) for row in rows] == [row.get(name) for row in expected]
+
+
+def test_a_file_that_a_kill_has_cut_has_the_steps_that_are_whole(tracked, tmp_path):
+    tracked("wandb", tmp_path / "run", watch=6)
+    (path,) = (tmp_path / "run").glob("wandb/offline-*/*.wandb")
+    content, cut = path.read_bytes(), tmp_path / "cut"
+    seen = set()
+    for length in range(7, len(content), 37):
+        cut.write_bytes(content[:length])
+        found = [*wandb.steps(content[:length])]
+        assert found == history_steps(cut)
+        seen.add(len(found))
+    assert seen == {*range(14)}
 
 
 def test_without_a_login_it_records_and_asks_nothing(tracked, tmp_path, monkeypatch):
