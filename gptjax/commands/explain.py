@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from gptjax import config_io, console, files
+from gptjax import config_io, console, files, program
 from gptjax.commands import flags, terminal
 from gptjax.errors import UserError
 from gptjax.runtime_config import DeviceKind
@@ -36,11 +36,19 @@ class ExplainFlags(Config):
 
 DEFAULTS = [ExplainFlags()]
 
+OPENAI = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
+"""Names of configs or presets that are those of OpenAI's weights too."""
+
 
 def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(ExplainFlags(), argv, prog, "[RUN]")
     name = named[0] if named else "runs/quickstart"
+    if not named and not terminal.is_run(files.path(name)):
+        raise UserError(
+            f"no run in {name} yet; train one ({program.command('train')}), or see an untrained"
+            f" model: {program.command('explain', 'shakespeare_char_cpu')}"
+        )
     folder, out = files.path(name), files.path(given.out) if given.out else None
     if out:
         out = out if out.suffix else out.with_name(f"{out.name}.html")
@@ -51,7 +59,7 @@ def main(argv: list[str], prog: str) -> None:
     is_run, config = terminal.is_run(folder), None
     here = folder.exists() and folder.suffix not in (".py", ".json")
     # A name with an owner is one on the Hub, if there is no such folder.
-    on_hub = name.count("/") == 1 and not folder.parent.exists()
+    on_hub = name.count("/") == 1 and not folder.parent.exists() and folder.parent.name != "runs"
     if not (is_run or here or on_hub):
         try:
             config = config_io.load_config(name)[0].replace(seed=given.seed)
@@ -65,16 +73,23 @@ def main(argv: list[str], prog: str) -> None:
     setup.select_platform(given.device)
     setup.use_compilation_cache(files.cache_dir() / "xla")
     terminal.status(f"loading {name} ...")
+    model_name, skip = name.replace("_", "-"), given.unknown == "skip"
     if config:
         model, name = run.untrained(config), f"{name} (untrained)"
     else:
         model = run.load(name, given.checkpoint) if is_run else run.from_pretrained(name)
     prompt = flags.unescape(flags.text("--prompt", given.prompt))
-    if given.unknown == "skip":
-        prompt = model.tokenizer.decode(model.tokenizer.encode(prompt, skip_unknown=True).tolist())
-    sections = walk.walk(model, prompt)
+    try:
+        ids = model.tokenizer.encode(prompt, skip_unknown=skip)
+    except UserError as error:
+        raise UserError(f"{error}; --unknown skip leaves out unknown characters") from None
+    prompt = model.tokenizer.decode(ids.tolist())
+    sections = walk.walk(model, prompt, trained=not config)
     terminal.status("")
     explain.show(model, name, sections, console.make())
+    if config and model_name in OPENAI:
+        weights = program.command("explain", f"openai-community/{model_name}")
+        print(f"these weights are random; OpenAI's: {weights}")
     if out:
         page.write(out, explain.to_html(model, name, prompt, sections))
         print(f"wrote {out}")

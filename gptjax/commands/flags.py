@@ -6,8 +6,11 @@ is known what was given (not only what came of it), and all mistakes are reporte
 
 import contextlib
 import dataclasses
+import inspect
 import os
 import re
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -142,17 +145,20 @@ def unescape(text: str) -> str:
 
 def show_help(defaults: Sequence[Any], prog: str, positional: str = "") -> None:
     """Print what the flags are, and end (SystemExit)."""
+    width = min(100, shutil.get_terminal_size().columns)
+    for paragraph in inspect.getdoc(type(defaults[0])).split("\n\n"):
+        print(textwrap.fill(paragraph, width) + "\n")
     usage = f"{prog} {positional.replace('RUN', 'RUN|--run-dir=RUN', 1)}".rstrip()
     tyro.cli(combined(defaults), prog=usage, args=["--help"], config=EXPLICIT)
 
 
 def combined(defaults: Sequence[Any]) -> Any:
-    """For tyro: one class with the settings of all of them, described as the first."""
+    """For tyro: one class with the settings of all of them."""
     fields = [
         (f"_{i}", Annotated[type(part), tyro.conf.arg(name="")], dataclasses.field(default=part))
         for i, part in enumerate(defaults)
     ]
-    return dataclasses.make_dataclass("Flags", fields, namespace={"__doc__": defaults[0].__doc__})
+    return dataclasses.make_dataclass("Flags", fields)
 
 
 def _following(kind: Any, rest: list[str]) -> list[str]:

@@ -20,10 +20,11 @@ MOST_COLUMNS, MOST_ROWS = 12, 24
 def describe(run: Run) -> str:
     config = run.config
     trained = f", after {run.step:,} steps" if run.step else ""
+    biases = "" if config.bias else ", no biases"
     return (
         f"{config.num_parameters():,} parameters{trained}: {counted(config.n_layer, 'layer')} of"
         f" {counted(config.n_head, 'head')}, {config.n_embd} numbers a token, a context of"
-        f" {config.block_size:,} tokens"
+        f" {config.block_size:,} tokens{biases}"
     )
 
 
@@ -78,7 +79,7 @@ def cell(value: Any, digits: int) -> str:
     if value is None:
         return ""
     if isinstance(value, Guess):
-        return f"{value.token} {percent(value.share)}"
+        return f"{value.token} {percent(value.share)}".strip()
     if isinstance(value, float):
         return f"{value:z.{digits}f}"  # z: never -0.00
     return f"{value:,}" if isinstance(value, int) else str(value)

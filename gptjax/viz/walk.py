@@ -84,8 +84,9 @@ class Section:
     blocks: Sequence[Table | Bars | Heads]
 
 
-def walk(run: Run, prompt: str) -> list[Section]:
-    """The sections, in the order in which the model computes.
+def walk(run: Run, prompt: str, *, trained: bool = True) -> list[Section]:
+    """The sections, in the order in which the model computes. Of a model that is not `trained` they
+    say what is chance.
 
     Raises:
         UserError: the prompt is empty, too long for the model, or has unknown characters.
@@ -98,7 +99,7 @@ def walk(run: Run, prompt: str) -> list[Section]:
     if not run.config.n_layer:
         raise UserError("a model without layers has no attention to explain")
     seen = run.activations(ids)
-    step = _Walk(run, prompt, ids, seen, [shown(run.tokenizer, i) for i in ids])
+    step = _Walk(run, prompt, ids, seen, [shown(run.tokenizer, i) for i in ids], trained)
     return [
         step.text_into_tokens(), step.ids_and_targets(), step.embedding(), step.dropout(),
         step.layer_norm(), step.averages(), step.one_head(), step.all_heads(), step.joined(),
@@ -138,6 +139,12 @@ class _Walk:
     ids: np.ndarray
     seen: dict[str, np.ndarray]
     tokens: list[str]
+    trained: bool
+
+    @property
+    def _head(self) -> int:
+        """Of layer 0: the one that decides most clearly where the last token looks."""
+        return int(np.argmax(self.seen["h.0.attn.weights"][:, -1].max(-1)))
 
     def _row(self, label: str, vector: np.ndarray) -> list[Any]:
         missing = [None] * (FEW - len(vector))
@@ -151,7 +158,7 @@ class _Walk:
 
     def text_into_tokens(self) -> Section:
         known: list[tuple[str, int | None, list[str]]] = [
-            ("bytes", 256, [f"{byte:02x}" for byte in self.prompt.encode()]),
+            ("bytes (in hex)", 256, [f"{byte:02x}" for byte in self.prompt.encode()]),
         ]
         own = self.run.tokenizer
         characters = own.n_vocab if own.kind == "char" else len(set(self.prompt))
@@ -167,17 +174,24 @@ class _Walk:
             [name, size, len(split) or None, " ".join(split) or "not on this machine"]
             for name, size, split in known
         ]
-        kinds = {"char": "characters", "gpt2": "GPT-2's byte-pair encoding"}
+        kinds = {"char": "characters", "gpt2": "GPT-2's byte-pair encoding (BPE, by tiktoken)"}
         return Section(
             "Text becomes tokens",
             [
-                "A network computes with numbers, so a text is cut into tokens, and each kind of"
-                " token has a number. There is a choice to make: few kinds of token make long"
-                " sequences, many kinds make short ones, but a larger table to learn.",
-                f"This model reads {kinds.get(own.kind, 'sub-word pieces')}:"
-                f" {own.n_vocab:,} kinds of token. The prompt is {len(self.ids)} of them.",
+                "A network computes with numbers, so a text is cut into tokens, and each different"
+                " token, all of which are the vocabulary, has a number. There is a choice to make:"
+                " a small vocabulary makes long sequences, a large one short ones; but the model"
+                " must learn a vector for each of its tokens.",
+                f"This model reads {kinds.get(own.kind, 'sub-word pieces')}, with a vocabulary of"
+                f" {own.n_vocab:,}. The prompt is {len(self.ids)} tokens."
+                + (
+                    ""
+                    if own.eot is None
+                    else f" One more, number {own.eot:,}, stands for the end of a text; the model"
+                    " has seen it wherever one document ended and the next began."
+                ),
             ],
-            [Table(["cut into", "kinds", "tokens here", "the prompt"], rows)],
+            [Table(["cut into", "vocabulary", "tokens here", "the prompt"], rows)],
         )
 
     def ids_and_targets(self) -> Section:
@@ -185,6 +199,8 @@ class _Walk:
         for i in range(1, min(len(self.ids), FEW)):
             context = _visible(decode(self.ids[:i].tolist()))
             rows.append([i, context, self.tokens[i], int(self.ids[i])])
+        if len(self.ids) > FEW:
+            rows.append(["...", None, None, None])
         return Section(
             "Each token is predicted from those before it",
             [
@@ -215,15 +231,22 @@ class _Walk:
         near = unit @ unit[self.ids[0]]
         order = np.argsort(-near)[1 : FEW + 1]
         how = "learned too" if learned else "fixed waves of different lengths"
+        unused = config.padded_vocab_size - len(wte)
+        padding = f" (and {unused} unused rows, for a size that suits hardware)" if unused else ""
         return Section(
             "A token and its position become a vector",
             [
                 f"Row {int(self.ids[0])} of the token table [{config.vocab_size:,} x"
-                f" {config.n_embd}] belongs to “{self.tokens[0]}”. A second table has a row for"
-                f" each of the {config.block_size:,} positions ({how}). Their sum knows both what"
-                " stands there and where.",
-                "The rows begin as random directions. What training has brought together can be"
-                " seen by the cosine of the angle between two: 1 is the same direction, 0 a right"
+                f" {config.n_embd}]{padding} belongs to “{self.tokens[0]}”. A second table has a"
+                f" row for each of the {config.block_size:,} positions ({how}). Their sum knows"
+                " both what stands there and where.",
+                "The rows begin as random directions. "
+                + (
+                    "What training has brought together can be"
+                    if self.trained
+                    else "This model is untrained, so which are near is chance; it can be"
+                )
+                + " seen by the cosine of the angle between two: 1 is the same direction, 0 a right"
                 " angle.",
             ],
             [
@@ -240,7 +263,11 @@ class _Walk:
         x, rate = self.seen["embedding"][0], self.run.config.dropout
         kept = np.random.default_rng(0).random(len(x)) >= 0.5
         words = [*("yes" if keep else "no" for keep in kept[:FEW]), *[None] * FEW][:FEW]
-        own = f"This model's own rate is {rate:.0%}." if rate else "This model has none."
+        own = (
+            f"This model's own rate is {rate:.0%}."
+            if rate
+            else "This model is trained without dropout."
+        )
         return Section(
             "Dropout: in training only, some numbers are zeroed",
             [
@@ -268,9 +295,10 @@ class _Walk:
         mean, var = x.mean(-1), x.var(-1)
         norm = (x - mean[:, None]) / np.sqrt(var + LAYER_NORM_EPSILON)[:, None]
         rows = [
-            [token, *map(float, (mean[i], var[i], norm[i].mean(), norm[i].var(), out[i].std()))]
+            [token, *map(float, (mean[i], var[i], norm[i].mean(), norm[i].var(), out[i].var()))]
             for i, token in enumerate(self.tokens[: 2 * FEW])
         ]
+        rows += [["...", *[None] * 5]] * (len(self.tokens) > len(rows))
         return Section(
             "LayerNorm: each token's vector is brought to one scale",
             [
@@ -282,7 +310,7 @@ class _Walk:
             [
                 Table(
                     ["token", "mean before", "variance before", "mean after", "variance after",
-                     "spread at last"],
+                     "variance after gain"],
                     rows, digits=4,
                 )
             ],
@@ -292,7 +320,7 @@ class _Walk:
         size = min(5, len(self.tokens))
         names = self.tokens[:size]
         even = np.tril(np.ones((size, size))) / np.arange(1, size + 1)[:, None]
-        real = self.seen["h.0.attn.weights"][0, :size, :size]
+        real = self.seen["h.0.attn.weights"][self._head, :size, :size]
 
         def triangle(weights: np.ndarray, caption: str) -> Table:
             rows = [
@@ -309,31 +337,40 @@ class _Walk:
                 " weight. As a matrix that is a triangle whose rows sum to 1: the softmax of"
                 " zeros, with what lies ahead masked by minus infinity.",
                 "Attention puts weights there that depend on the text: the second triangle is what"
-                " the first head of this model does with the same tokens.",
+                f" head {self._head} of this model's first layer does with the same tokens (the"
+                " head that is most sure where the last token should look).",
             ],
-            [triangle(even, "averages"), triangle(real, "layer 0, head 0")],
+            [triangle(even, "averages"), triangle(real, f"layer 0, head {self._head}")],
         )
 
     def one_head(self) -> Section:
         config, last = self.run.config, len(self.ids) - 1
         layer = 0
         weights = self.seen[f"h.{layer}.attn.weights"]
-        head = int(np.argmax(weights[:, -1].max(-1)))  # the most decided one
-        size = config.head_size
+        head, size = self._head, config.head_size
         q, k, v = (
             part[:, head * size : (head + 1) * size]
             for part in np.split(self.seen[f"h.{layer}.attn.c_attn"], 3, axis=-1)
         )
         scores = k @ q[last]
+        scaled, shares = scores / math.sqrt(size), weights[head, last]
         rows = [
-            [token, *map(float, (scores[j], scores[j] / math.sqrt(size), weights[head, last, j]))]
+            [token, float(scores[j]), float(scaled[j]), Guess("", float(shares[j]))]
             for j, token in enumerate(self.tokens)
         ]
+        ends = sorted({0, last})
         vectors = [
             self._row(f"query of {self.tokens[last]}", q[last]),
-            *(self._row(f"key of {self.tokens[j]}", k[j]) for j in {0, last}),
-            self._row("sum of weight x value", weights[head, last] @ v),
+            *(self._row(f"key of {self.tokens[j]}", k[j]) for j in ends),
+            *(self._row(f"value of {self.tokens[j]}", v[j]) for j in ends),
+            self._row("sum of weight x value", shares @ v),
         ]
+        most = int(np.argmax(shares))
+        by_hand = (
+            f" For “{self.tokens[most]}”, at position {most}: {scores[most]:.3f} / \u221a{size} ="
+            f" {scaled[most]:.3f}, and e^{scaled[most]:.3f} divided by the sum of all such powers"
+            f" is {shares[most]:.3f}."
+        )
         near = " Tokens farther back than the window are masked." if _is_banded(config, 0) else ""
         return Section(
             f"One head by hand: layer {layer}, head {head}",
@@ -344,7 +381,7 @@ class _Walk:
                 f" {size} it does not grow with the size of the head, and softmax makes shares of"
                 f" it.{near}",
                 f"Below, “{self.tokens[last]}”, the last token, looks back. What the head passes on"
-                " is the sum of the values, each times its weight.",
+                f" is the sum of the values, each times its weight.{by_hand}",
             ],
             [
                 Table(["", *FIRST], vectors, "the first numbers", "signed"),
@@ -371,13 +408,14 @@ class _Walk:
                 f"The model has {counted(config.n_layer, 'layer')} of"
                 f" {counted(config.n_head, 'head')}. Each can learn to look for something else: the"
                 " token before, the last space, the same token further back. Here is where"
-                f" “{self.tokens[-1]}” looks.",
+                f" “{self.tokens[-1]}” looks. (Tokens in effect: among how many the weight would"
+                " be shared if each had the same; e to the power of the entropy.)",
             ],
             [
                 Heads(self.tokens, weights),
                 Table(
                     ["layer.head", "looks most at", "weight", "tokens back, on average",
-                     "tokens in effect (exp of entropy)"],
+                     "tokens in effect"],
                     rows,
                 ),
             ],
@@ -391,18 +429,21 @@ class _Walk:
             [token, *(float(np.linalg.norm(part[i])) for part in (x, joined, added, x + added))]
             for i, token in enumerate(self.tokens[: 2 * FEW])
         ]
+        rows += [["...", *[None] * 4]] * (len(self.tokens) > len(rows))
         return Section(
             "The heads are joined, and their finding is added",
             [
                 f"{config.n_head} heads of {config.head_size} numbers side by side are"
                 f" {config.n_embd} again. One more matrix mixes them, and the result is added to"
                 " what the token was before, rather than put in its place. That way every layer"
-                " only has to learn what to change, and gradients reach the first one undamped.",
+                " only has to learn what to change, and what is learned from an error (its"
+                " gradient) reaches the first layer undamped. The sum that runs through all layers"
+                " so is called the residual stream.",
             ],
             [
                 Table(
                     ["token", "before", "heads joined", "added", "after"], rows,
-                    "length of each vector, layer 0",
+                    "length of each vector (the root of the sum of its squares), layer 0",
                 )
             ],
         )  # fmt: skip
@@ -488,11 +529,14 @@ class _Walk:
                 + ("the token table once more" if self.run.config.tied_head else "a matrix")
                 + f" gives a score (logit) for each of the {size:,} kinds of token; softmax makes"
                 " probabilities of them. Here are the five likeliest to follow each token, and what"
-                " really followed.",
-                f"The loss is the mean of -log(probability): {mean:.3f} nats a token on this"
-                f" prompt. Guessing evenly would be log({size:,}) = {math.log(size):.3f}.",
+                " really followed. To write, a model draws one of them (how boldly is for"
+                " temperature, top-k and top-p to say), adds it to the text, and begins again.",
+                f"The loss is the mean of \u2212log(probability), by the natural logarithm:"
+                f" {mean:.3f} nats a token on this prompt. Guessing evenly would be log({size:,}) ="
+                f" {math.log(size):.3f}"
+                + ("." if self.trained else ", and an untrained model does no better."),
             ],
-            [Table(["after", "1st", "2nd", "3rd", "4th", "5th", "what came", "-log p"], rows)],
+            [Table(["after", "1st", "2nd", "3rd", "4th", "5th", "what came", "\u2212log p"], rows)],
         )
 
     def logit_lens(self) -> Section:
@@ -519,7 +563,13 @@ class _Walk:
             [
                 "The final LayerNorm and head can read the stream after any layer, as if the model"
                 " ended there (the logit lens, nostalgebraist 2020). The last row is what it says"
-                " in the end.",
+                " in the end."
+                + (
+                    " (The embedding by itself often names its own token: the head is the same"
+                    " table, and no vector is more like a row than that row.)"
+                    if config.tied_head
+                    else ""
+                ),
             ],
             [Table(["", *(f"after {token}" for token in self.tokens[tail])], rows)],
         )

@@ -123,7 +123,7 @@ def test_explain_walks_through_a_run_or_an_untrained_config(
     )
     out = gptjax("explain", name, "--prompt", "now is", "--out", "walk.html")
     assert "14. Every shape on the way" in out and out.endswith("wrote walk.html\n")
-    assert ("untrained" in out) == (name != "run")
+    assert out.count("untrained") == (0 if name == "run" else 3)
     assert "now is" in (tmp_path / "walk.html").read_text()
 
 
@@ -153,9 +153,11 @@ def test_explain_follows_an_imported_model(trained, gptjax, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        ([], "no run in runs/quickstart yet; train one .gptjax train., or see an untrained"),
         (["nope"], "there is no run nope, and no config file nope"),
+        (["runs/nope"], "there is no run runs/nope, and no config file runs/nope"),
         (["RUN", "--prompt", "n"], "at least two tokens"),
-        (["RUN", "--prompt", "caf\u00e9"], "is not one of the 44 characters"),
+        (["RUN", "--prompt", "caf\u00e9"], "is not one of the 44 characters.*--unknown skip"),
         (["RUN", "--prompt", "now is the winter of"], "20 tokens do not fit"),
         (["RUN", "--prompt", "now", "--out", "x.png"], r"the name of an \.html file"),
         (["RUN", "--prompt", "now", "--out", "nope/x.html"], "in a folder that exists"),

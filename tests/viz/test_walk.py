@@ -53,9 +53,10 @@ def test_averages_are_those_of_arithmetic(found, expected):
     assert [cells[1:] for cells in even.rows] == [
         [pytest.approx(1 / (i + 1))] * (i + 1) + [None] * (4 - i) for i in range(5)
     ]
+    head = int(real.caption.removeprefix("layer 0, head "))
     for i, cells in enumerate(real.rows):
         np.testing.assert_allclose(
-            cells[1 : i + 2], expected["h.0.attn.weights"][0, i, : i + 1], atol=1e-5
+            cells[1 : i + 2], expected["h.0.attn.weights"][head, i, : i + 1], atol=1e-5
         )
 
 
@@ -63,8 +64,8 @@ def test_a_head_by_hand_is_numpys(found, expected):
     section = find(found, "One head by hand")
     head = int(section.title[-1])
     vectors, scores = section.blocks
-    products = np.array([cells[1] for cells in scores.rows])
-    scaled, weights = (np.array([cells[i] for cells in scores.rows]) for i in (2, 3))
+    products, scaled = (np.array([cells[i] for cells in scores.rows]) for i in (1, 2))
+    weights = np.array([cells[3].share for cells in scores.rows])
     np.testing.assert_allclose(scaled, products / math.sqrt(8), rtol=1e-5)
     np.testing.assert_allclose(weights, np.exp(scaled) / np.exp(scaled).sum(), atol=1e-5)
     np.testing.assert_allclose(weights, expected["h.0.attn.weights"][head, -1], atol=1e-5)
@@ -74,7 +75,9 @@ def test_a_head_by_hand_is_numpys(found, expected):
 
 
 def test_layer_norm_brings_mean_0_and_variance_1(found):
-    for _, _, _, mean, variance, _ in find(found, "LayerNorm: each").blocks[0].rows:
+    *rows, cut = find(found, "LayerNorm: each").blocks[0].rows
+    assert cut[0] == "..." and len(rows) == 12
+    for _, _, _, mean, variance, _ in rows:
         assert abs(mean) < 1e-6 and abs(variance - 1) < 1e-3
 
 

@@ -38,18 +38,23 @@
     }
     [...row.children].forEach((token, to) => {
       const share = to <= from ? weight(layer, head, from, to) : 0;
-      token.style.setProperty("--share", share);
+      token.style.setProperty("--share", Math.sqrt(share));  // as in the squares
       token.setAttribute("aria-pressed", to === chosen);
       token.lastChild.textContent = to <= from ? (100 * share).toFixed(0) + "%" : "";
     });
   }
 
   squares.style.gridTemplateColumns = `max-content repeat(${heads}, minmax(40px, ${Math.max(48, Math.min(120, 720 / heads))}px))`;
+  const label = (className, text) => {
+    const span = document.createElement("span");
+    span.className = className;
+    span.textContent = text;
+    squares.append(span);
+  };
+  label("name", "head");
+  for (let h = 0; h < heads; h++) label("number", h);
   for (let l = 0; l < layers; l++) {
-    const name = document.createElement("span");
-    name.className = "name";
-    name.textContent = `layer ${l}`;
-    squares.append(name);
+    label("name", `layer ${l}`);
     for (let h = 0; h < heads; h++) {
       const square = document.createElement("button"), canvas = document.createElement("canvas");
       square.className = "head";
