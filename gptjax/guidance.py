@@ -54,7 +54,7 @@ nothing (arXiv:2305.16264)."""
 
 BATCH = 1.73
 """Tokens of a step over the square root of all tokens: 1.7 in the quickstart, 1.4 in
-shakespeare_char_fast, 1.8 in nanoGPT's shakespeare_char, 1.0 in GPT-3."""
+shakespeare_char_fast, 1.8 in nanoGPT's shakespeare_char, 1.0 (125M) to 5.8 (175B) in GPT-3."""
 
 OTHER_SECONDS = 15.0
 """From the start of the process to its first step, and for a dozen samples and checkpoints."""

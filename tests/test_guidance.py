@@ -151,12 +151,13 @@ def test_large_models_have_gpt3s_rates():
     assert rates == [6e-4, 3e-4, 2.5e-4, 2e-4, 1.6e-4, 1.2e-4]  # table 2.1
 
 
-@pytest.mark.parametrize("name", ["quickstart", "shakespeare_char_fast", "shakespeare_char"])
-def test_the_batch_is_like_that_of_the_configs(name):
-    config = config_io.load_config(name)[0]
-    tokens = config.batch_size * config.model.block_size
-    suggested = guidance.BATCH * math.sqrt(tokens * config.max_steps)
-    assert 0.5 < suggested / tokens < 2
+def test_the_batch_is_like_that_of_the_configs():
+    for name in config_io.shipped():
+        config = config_io.load_config(name)[0]
+        if config.init_from is None:  # the rule is for training from scratch
+            tokens = config.batch_size * config.model.block_size
+            suggested = guidance.BATCH * math.sqrt(tokens * config.max_steps)
+            assert 1 / 3 < suggested / tokens < 3, name
 
 
 def test_what_does_not_fit_is_divided(monkeypatch):
