@@ -11,7 +11,7 @@
 # half of the well-known picture in "Attention is all you need": the half that produces text. The
 # left half, which reads a text in another language, is left out, and so is the attention to it.
 #
-# Letters of shapes, here and everywhere: **B** texts side by side, **T** letters of each, **V**
+# Letters in shapes, here and everywhere: **B** texts side by side, **T** letters of each, **V**
 # possible letters, **C** numbers that stand for one letter (from rung 2 on).
 
 # %%
@@ -101,8 +101,8 @@ for size in (400, 1000, 4000):
     print(f"{size:10}  {len(pieces.encode(lines)):7,}   Hello World. = {hello}")
 
 # %% [markdown]
-# With 4000 pieces a text has about a third as many ids. GPT-2 has 50,257 pieces. The ladder stays
-# with single letters: its tables are small, and everything else about a GPT is the same.
+# With 4000 pieces a text has less than a third as many ids. GPT-2 has 50,257 pieces. The ladder
+# stays with single letters: its tables are small, and everything else about a GPT is the same.
 
 # %% [markdown]
 # ## What is learned, and what it is tested on
@@ -210,7 +210,8 @@ print(f"at 'i' {row[str_to_int['i']]:.4f} = 1/65 - 1, at 'a' {row[str_to_int['a'
 # Training repeats that with one batch after the other. Adam, an optimizer from the library optax,
 # chooses the length of the step for each parameter, from how large its gradients have been. Its
 # learning rate rises during the first tenth of the steps (the warm-up: the first gradients say
-# little), then falls in a straight line to 0, so that the parameters come to rest.#
+# little), then falls in a straight line to 0, so that the parameters come to rest.
+#
 # `validation_loss` then measures on the part of the text that was not trained on. Three things of
 # JAX are new here: `jax.jit` compiles a function when it is first called, for the shapes it is
 # called with; `jax.value_and_grad` makes of a loss a function that returns the loss and its
@@ -283,13 +284,15 @@ print(f"after 'q' comes 'u': learned {probabilities[str_to_int['u']]:.3f}", end=
 print(f"counted {(pairs / pairs.sum(1, keepdims=True))[str_to_int['q'], str_to_int['u']]:.3f}")
 
 # %% [markdown]
-# Gradients found what counting finds, without being told that it is about pairs. Counting ends
-# here: a table for contexts of 64 letters would have 65 to the power of 64 rows. Gradients go on.
+# Training found nearly what counting finds, from the loss alone. Counting goes no further: a table
+# for contexts of 64 letters would have 65 to the power of 64 rows. Training does: the next rungs
+# put other models in place of the table, and train them by the same function.
 #
 # ## Generating
 #
-# Draw a letter by the probabilities, append it, ask for the next. (The window has always T
-# places, so that JAX compiles once; the places after the last letter do not matter.)
+# Draw a letter by the probabilities, append it, ask for the next. (The window always has T places,
+# so that JAX compiles once. Those after the last letter are filled with zeros, which do no harm: in
+# no model of the ladder do a letter's logits depend on later letters.)
 
 
 # %% tags=["text-varies"]
@@ -314,12 +317,12 @@ def generate(apply, params, prompt, letters, seed=0):
 print(generate(apply, params, "ROMEO:", 200))
 
 # %% [markdown]
-# Words have the right length and hardly anything else: a letter knows only the one before it. All
-# rungs above this one are about letting it know more.
+# Words have about the right length and hardly anything else: each letter was drawn from the one
+# before it alone. All rungs above this one are about letting it know more.
 #
-# **Exercise.** Train with `learning_rate=3e-3`. *What to expect:* after 1000 steps the loss is
-# still near 3, because Adam moves a parameter by at most about the learning rate a step, and
-# logits must come from 0 to about 5.
+# **Exercise.** Train a new table of zeros with `learning_rate=3e-3`. *What to expect:* after 1000
+# steps the loss is still near 3, because Adam moves a parameter by at most about the learning
+# rate a step, and logits must come from 0 to about 5.
 #
 # All functions of this rung are collected, in the same words, in `ladder.py`; the next rungs
 # import them from there.

@@ -6,8 +6,8 @@
 #
 # **In a tutorial:** "Positional Encoding" (`position_embedding_table`), "Input Embedding".
 #
-# What comes next on the ladder, attention, treats the letters of a context as a heap: it would
-# not know "no" from "on". So the order is written into the vectors themselves.
+# What comes next on the ladder, attention, treats the letters before as a heap: at the "t" it could
+# not tell "cat" from "act". So the order is written into the vectors themselves.
 
 # %%
 import jax
@@ -69,8 +69,8 @@ axes.set(xlabel="column (C)", ylabel="position (T)", title="Sinusoids: a clock w
 plt.show()
 
 # %% [markdown]
-# Why sines? The product of the rows of two positions depends only on how far apart they are, and
-# is largest for the same place. So "three letters back" looks the same everywhere:
+# Why sines? The dot product of the rows of two positions depends only on how far apart they are,
+# and is largest for the same place. So "three letters back" looks the same everywhere:
 
 # %%
 for first, second in ((0, 0), (20, 20), (0, 3), (20, 23), (0, 20), (40, 60)):
@@ -122,6 +122,6 @@ params = train(apply, init(jax.random.key(0)))
 # at each other, from rung 5 on. What you see is the whole cost of having them: T x C = 4,096
 # parameters.
 #
-# **Exercise.** Start every chunk at the beginning of a line, and predict its first letters. Would
-# positions help then? *What to expect:* yes, a little: letter 0 of a line is nearly always a
-# capital or a line end, and the model can learn that from position 0.
+# **Exercise.** Take the sinusoids instead: `pos_emb = sinusoids(t, 64)` in `apply`, and no
+# `position_embedding` in `init`. *What to expect:* the parameters of rung 2, 8,385, and again a
+# loss of 2.48: positions do not help yet, whichever kind they are.

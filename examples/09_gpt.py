@@ -1,13 +1,13 @@
 # %% [markdown]
 # # 9. GPT-2
 #
-# **Idea:** the whole model, with Flax keeping the parameters; and the last three things that
-# GPT-2 has: dropout, its initialisation, and an output head that shares the embedding's table.
+# **Idea:** the whole model, with Flax keeping the parameters; and the last things that GPT-2 has:
+# dropout, its initialisation, and an output head that shares the embedding's table.
 #
 # **In a tutorial:** "Transformer Block", "Dropout", "Output head", "Softmax", `forward`.
 #
-# Nothing new is computed in the blocks here. What is new is said one by one, then the whole model
-# stands in one cell.
+# The blocks are those of rung 8, but for dropout and a bias that GPT-2 gives to query, key and
+# value too. What is new is said one by one, then the whole model stands in one cell.
 
 # %%
 import flax.linen as nn
@@ -65,10 +65,12 @@ print(f"of 768 numbers {int((dropped == 0).sum())} are 0, about half; mean {drop
 # %% [markdown]
 # ## Initialisation
 #
-# GPT-2 draws all tables and matrices with standard deviation 0.02. With C = 768 that is 0.55 /
-# sqrt(C), about half of what we took so far. At our C = 64 the same share is 0.55 / 8 = 0.07. So
-# all logits begin small, all letters about equally likely: the loss begins near log 65 = 4.17,
-# and few steps are spent on unlearning chance.
+# GPT-2's tables and matrices begin as random numbers with standard deviation 0.02. With C = 768
+# that is 0.55 / sqrt(C): about half of what our matrices had so far, and much less than the 1 of
+# our tables. At our C = 64 the same share is 0.55 / 8 = 0.07. (Biases begin as 0 and LayerNorm's
+# scales as 1, as before.) So all logits begin small, all letters about equally likely: the loss
+# begins 0.1 above log 65 = 4.17, where rung 8 began 0.6 above it, and few steps are spent on
+# unlearning chance.
 #
 # The matrices whose result is added to the stream (the projections of attention and MLP) get that
 # divided by sqrt(2 L): with L blocks 2 L results are added, and a sum of 2 L random numbers is
@@ -172,8 +174,8 @@ print("inputs", inputs.shape, "-> logits", apply(params, inputs).shape)
 print(f"loss before training {cross_entropy(apply(params, inputs), targets):.3f}")
 
 # %% [markdown]
-# Its parameters, by name. Biases and LayerNorms are small; nearly all is in the blocks' matrices,
-# 12 C^2 = 49,152 a block.
+# Its parameters, by name. Nearly all are in the blocks' matrices, 12 C^2 = 49,152 a block; biases
+# (9 C) and LayerNorms (4 C) add 832.
 
 # %%
 for name, part in params.items():
@@ -188,8 +190,10 @@ print(generate(apply, params, "ROMEO:", 300))
 
 # %% [markdown]
 # Better than rung 8, with fewer parameters. Names, lines, and words that are almost English, from
-# 0.1 million parameters.# Softmax, by the way, is not a layer of the model. `cross_entropy` takes
-# the logits in training, and `generate` draws from them; both apply it themselves.
+# 0.1 million parameters.
+#
+# Softmax, by the way, is not a layer of the model. `cross_entropy` takes the logits in training,
+# and `generate` draws from them; both apply it themselves.
 #
 # ## What dropout is for
 #

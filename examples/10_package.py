@@ -182,8 +182,8 @@ print(f"largest difference {jnp.abs(a - b).max():.1e}, largest logit {jnp.abs(a)
 # %% [markdown]
 # Why not equal to the last bit? A float32 number has about 7 digits. A sum rounds after each
 # term, so another order of the same terms ends in another last digit, and one matrix instead of
-# three sums in another order. The differences are a ten-millionth of the numbers: rounding, and
-# nothing else.
+# three sums in another order. The largest difference is less than a millionth of the largest logit:
+# rounding, and nothing else.
 #
 # ## The same training
 #
@@ -249,7 +249,7 @@ for first, last in ((0, 10), (10, 50), (50, 200), (200, 1000)):
 
 # %% [markdown]
 # The curves are one curve. The differences grow slowly, since each step begins where the last one
-# ended, a rounding apart. (PyTorch beside itself on another machine does the same.) At the end:
+# ended, a rounding apart. At the end:
 
 # %%
 loss = validation_loss(packages, theirs.params)
@@ -310,6 +310,7 @@ with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
 # %% [markdown]
 # From the command line that is `gptjax train`, and `gptjax train --help` explains each setting.
 #
-# **Exercise.** Set `vocab_multiple=64` in `ModelConfig`: the table then has 128 rows for 65
-# letters, which suits matrix units. *What to expect:* other shapes, the same loss up to rounding,
-# because the rows that are not used get no probability.
+# **Exercise.** Set `vocab_multiple=64` in `ModelConfig`: the package's table then has 128 rows for
+# 65 letters, which suits matrix units. So `to_package` must add 63 rows of zeros to ours: `"wte":
+# jnp.pad(params["token_embedding"], ((0, 63), (0, 0)))`. *What to expect:* another shape, the same
+# logits and losses up to rounding, because the rows that are not used get no probability.

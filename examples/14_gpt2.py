@@ -32,8 +32,8 @@ transformers.utils.logging.disable_progress_bar()
 # %% [markdown]
 # ## Tokens
 #
-# GPT-2's tokens are byte pairs: pieces of words, like those of rung 1, 50,257 of them. In short
-# and common words a piece is a word with the space before it.
+# GPT-2's tokens are made by joining pairs of bytes: pieces of words, like those of rung 1, 50,257
+# of them. A common word is one token, together with the space before it; a rare one is several.
 
 # %%
 tokenizer = Gpt2Tokenizer()
@@ -60,8 +60,9 @@ print(run.config)
 # %% [markdown]
 # ## Every shape on the way
 #
-# The output of each part, for two texts of four tokens. Inside the blocks all is [2, 4, 768]:
-# each part reads the stream and adds to it.
+# The output of each part, for two texts of four tokens, in the package's names: `h.0` is block 0,
+# `ln_1` and `ln_2` its two LayerNorms. All but the logits are [2, 4, 768], because attention and
+# MLP read the stream and add to it.
 
 # %%
 meaning = {
@@ -88,8 +89,8 @@ print(f"mean {abs(normalised.mean()):.3f}, variance {normalised.var():.3f}")
 # %% [markdown]
 # ## The next token
 #
-# A row of 50,257 logits behind each token. The row behind "Every" should have its largest number
-# at " effort", the one behind "you" at what comes next. The weights are random, so what comes is
+# Each token has a row of 50,257 logits: the row of "Every" scores what may follow "Every", the
+# row of " you" what may follow the whole text. The weights are random, so what they say is
 # nonsense; but it must be the same nonsense as Hugging Face's.
 
 # %%
