@@ -22,6 +22,7 @@ import gptjax
 from gptjax import train_step
 from gptjax.devices.strategy import get_strategy
 
+jax.config.update("jax_platforms", "cpu")  # on a machine with a GPU or TPU too
 jax.config.update("jax_num_cpu_devices", 8)
 print(f"{jax.device_count()} devices of the kind {jax.devices()[0].platform}")
 
@@ -136,6 +137,6 @@ print("fsdp equal within 1e-4:", bool((np.abs(sharded - on_one) < 1e-4).all()))
 # machine with eight chips nothing needs to be said, and `--strategy fsdp` shares the parameters
 # out.
 #
-# **Exercise.** Leave `pmean` out of `averaged`. *What to expect:* each device has a gradient of
-# its own, of its own two chunks. Trained so, the eight copies would drift apart, and nothing
-# would say so.
+# **Exercise.** Leave `pmean` out of `averaged`. *What to expect:* `all devices have the same:
+# False`, and none of the 16 gradients is that of one device: each device has a gradient of its
+# own two chunks. Trained so, the eight copies would drift apart, and nothing would say so.
