@@ -31,8 +31,9 @@ from gptjax.sampling import Sampling, filter_logits
 # At 0.5 they are squared: 0.25, 0.09, 0.0225, 0.0025; the sum is 0.365, so the first becomes 0.25
 # / 0.365 = 0.685. Below 1 the likely becomes likelier. At 0 always the likeliest is taken.
 #
-# **Top-k** keeps the k likeliest letters. **Top-p** keeps the fewest that together have
-# probability p. What is left is divided by its sum: 0.5 / 0.8 = 0.625.
+# **Top-k** keeps the k likeliest letters. **Top-p** keeps the fewest that together have at least
+# probability p. What is left is divided by its sum: with k = 2 or p = 0.7 the first two are left,
+# and the first becomes 0.5 / 0.8 = 0.625.
 
 # %%
 logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
@@ -78,7 +79,7 @@ for temperature in (0.1, 0.8, 1.5):
 #
 # ## The cache, with one head
 #
-# To draw letter 101 a model needs the logits behind letter 100 only. In attention that is one row
+# To draw letter 101 a model needs the logits at letter 100 only. In attention that is one row
 # of the triangle: the query of letter 100, with the keys and values of all 100. Those of the
 # first 99 were computed before, and they cannot have changed: a letter sees none of those after
 # it. So they are kept.
@@ -91,7 +92,7 @@ x = jax.random.normal(keys[3], (6, 8))  # [T, C]: six letters
 
 def attend(q, k, v):
     """The last query with all keys and values."""
-    return jax.nn.softmax(q[-1] @ k.T / 2, axis=-1) @ v
+    return jax.nn.softmax(q[-1] @ k.T / 2, axis=-1) @ v  # 2 = sqrt(D)
 
 
 cached_keys, cached_values = jnp.zeros((0, 4)), jnp.zeros((0, 4))
@@ -177,10 +178,13 @@ print(f"{seconds['uncached'] / seconds['cached']:.0f} times as fast")
 # And the longer the block, the more. Memory is the price: a key and a value for each letter,
 # layer and head.
 #
-# Past the end of the block the cache cannot help: when the window moves on, every letter gets
-# another position, and all keys change. `overflow="half"` of `run.generate` drops half of the
-# block then, and reads the rest anew.
+# Once the block is full the cache cannot help: with each further letter the window moves on by one,
+# every letter in it gets another position, and all keys change. `run.generate` then computes the
+# whole window for each letter; with `overflow="half"` it drops the older half of the block instead,
+# reads the other half anew, and has room in the cache again.
 #
-# **Exercise.** How large is the cache of GPT-2 (12 layers, 768 wide, 1024 letters, float32)?
-# *What to expect:* 2 x 12 x 768 x 1024 x 4 bytes = 75 MB for each text: a sixth of the model
-# itself.
+# **Exercise.** How large is the cache of GPT-2 for one text (12 layers, 768 wide, 1024 tokens,
+# float32)? *What to expect:* a key and a value, 2 x 12 x 768 x 1024 numbers of 4 bytes, are 75
+# MB, beside 498 MB for the 124 million parameters. Check it with
+# `gptjax.init_cache(gptjax.PRESETS["gpt2"], batch=1, slots=1024, dtype=jnp.float32)`: the
+# `nbytes` of its `keys` and `values`.

@@ -83,8 +83,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.ln1, self.ln2 = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd)
-        self.attention, self.ffwd = MultiHeadAttention(), FeedForward()
+        self.ln1, self.attention = nn.LayerNorm(n_embd), MultiHeadAttention()
+        self.ln2, self.ffwd = nn.LayerNorm(n_embd), FeedForward()
 
     def forward(self, x):
         x = x + self.attention(self.ln1(x))
@@ -192,8 +192,10 @@ print(f"loss {our_loss:.4f} {their_loss.item():.4f}")
 # %% [markdown]
 # ## Every gradient
 #
-# JAX derives a function, PyTorch records a graph and walks it backwards. The order is that of the
-# backward pass, so if something were wrong, the first line that differs would say where.
+# JAX derives a function, PyTorch records a graph and walks it backwards. Here are the relative
+# differences (of the four heads of a block only head 0's), from the last layer to the first, as
+# the backward pass goes. The logits agree already, so a difference here would come from a wrong
+# derivative, and begin in the list at the layer whose derivative it is, or just after it.
 
 # %% tags=["numbers-vary"]
 gradients = for_torch(our_gradients)
@@ -268,6 +270,7 @@ print(compare.verdict(rows))
 
 # %% [markdown]
 # **Exercise.** Take the division by the square root of the head size out of `AttentionHead`.
-# *What to expect:* logits, loss and all gradients differ, but `token_embedding_table` and `fc`
-# are still of the right shape and the model would train: no error message would have told you.
-# That is what such a comparison is for.
+# *What to expect:* logits, loss (5.95 instead of 6.04) and all gradients differ, but all shapes
+# are still right and the model would train: no error message would have told you. That is what
+# such a comparison is for. (And the first gradient that differs says nothing now: where the
+# forward pass is wrong, all of them are.)
