@@ -157,7 +157,7 @@ kinds = {
 # %% [markdown]
 # ## What arrives, in both directions
 #
-# Six blocks, fresh from `init`. Forwards: how large is x behind the last block? Backwards: how
+# Six blocks, fresh from `init`. Forwards: how large is x after the last block? Backwards: how
 # large is the gradient of the first block's queries? If it is nearly 0, the first block learns
 # nothing, whatever the optimizer does.
 
@@ -168,14 +168,14 @@ for name, (one_block, function) in kinds.items():
     size = stream(one_block, fresh, inputs).std()
     gradients = jax.jit(jax.grad(lambda p, f=function: cross_entropy(f(p, inputs), targets)))(fresh)
     first = gradients["blocks"][0]["attention"]["query"].std()
-    print(f"{name:23}  x behind 6 blocks {size:.1e}   first block's gradient {first:.1e}")
+    print(f"{name:23}  x after 6 blocks {size:.1e}   first block's gradient {first:.1e}")
 
 # %% [markdown]
-# Plain blocks make x and its differences smaller and smaller: each attention averages, each GELU
-# drops half; and the gradient on its way back is multiplied by all of that again. It vanishes. A
-# shortcut is a sum, and the gradient of a sum passes through unchanged: from the loss to the
-# first block there is a way that no layer can block. But what is added up grows with depth;
-# LayerNorm gives each layer its input in the standard size.
+# Plain blocks make x smaller and smaller: each attention averages, each GELU drops most of what is
+# negative; and the gradient on its way back is multiplied by all of that again. It vanishes. A
+# shortcut is a sum, and the gradient of a sum passes through unchanged: from the loss to the first
+# block there is a way that no layer can block. But what is added up grows with depth, and so does
+# the gradient; LayerNorm gives each layer its input in the standard size.
 #
 # ## Training them
 
@@ -185,9 +185,9 @@ for name, (_, function) in kinds.items():
     train(function, init(jax.random.key(0), n_layer=6), steps=100)
 
 # %% [markdown]
-# 3.3 nats is what one gets from the letters' frequencies alone: six plain blocks have learned
-# nothing but `fc`'s bias. With shortcuts alone numbers grow until training goes astray. The same
-# blocks with shortcuts and LayerNorm learn at once.
+# 3.34 nats is what one gets from the letters' frequencies alone, whatever came before: six plain
+# blocks have learned hardly more than `fc`'s bias. With shortcuts alone the numbers are so large
+# that training goes astray. The same blocks with shortcuts and LayerNorm learn at once.
 #
 # ## The model of this rung
 #
@@ -205,6 +205,7 @@ print(generate(apply, params, "ROMEO:", 200))
 # normalises before each layer, as here ("pre-norm"). The original picture normalises after the
 # sum ("Add & Norm"); that lies in the way of the gradient again, and deep stacks need care.
 #
-# **Exercise.** Move LayerNorm behind the sum, as in the picture: `x = layer_norm(norm_1, x +
-# attention(x))`. *What to expect:* with two blocks hardly a difference; the deeper the stack, the
-# longer the warm-up that it needs.
+# **Exercise.** Move LayerNorm after the sum, as in the picture: in `block`, `x =
+# layer_norm(norm_1, x + attention(x))`, and the same for the MLP. Train two blocks for 1000 steps
+# and six for 100. *What to expect:* two blocks learn no worse for it, 1.88. Six end at 3.34, the
+# letters' frequencies again: the stack has hardly begun to learn.
