@@ -146,7 +146,7 @@ def unescape(text: str) -> str:
 def show_help(defaults: Sequence[Any], prog: str, positional: str = "") -> None:
     """Print what the flags are, and end (SystemExit)."""
     width = min(100, shutil.get_terminal_size().columns)
-    for paragraph in inspect.getdoc(type(defaults[0])).split("\n\n"):
+    for paragraph in (inspect.getdoc(type(defaults[0])) or "").split("\n\n"):
         print(textwrap.fill(paragraph, width) + "\n")
     usage = f"{prog} {positional.replace('RUN', 'RUN|--run-dir=RUN', 1)}".rstrip()
     tyro.cli(combined(defaults), prog=usage, args=["--help"], config=EXPLICIT)
