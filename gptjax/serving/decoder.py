@@ -1,12 +1,15 @@
-"""The server's compiled programs. They work on one cache of a fixed number of rows, each of which
-holds another text, of another length, that is drawn by other settings: whatever the mix, nothing is
-compiled anew.
+"""The server's compiled programs. Each row of a cache holds a text of its own length, drawn with
+its own settings: whatever the mix, nothing is compiled anew.
 
 The model has one length for all rows of a cache. So it is mapped (`jax.vmap`) over caches of one
 row; the parameters are not, so a matrix product stays one product over all rows.
 
-Letters in shape comments: R rows, T tokens of a piece, V vocabulary, L layers, H heads, S slots of
-a row (block_size), K tokens drawn in a call, N alternatives.
+The rows are in groups of one size, and a group with nothing to do costs nothing. (A product over
+another number of rows would round differently, and a text would depend on how many others there
+are.)
+
+Letters in shape comments: R rows, G rows of a group, T tokens of a piece, V vocabulary, L layers,
+H heads, S slots of a row (block_size), K tokens drawn in a call, N alternatives.
 """
 
 import functools
@@ -29,6 +32,10 @@ ALTERNATIVES = 10
 
 PIECE = 256
 """Tokens of a prompt that are read at a time: so long do the rows that draw wait."""
+
+GROUP = 4
+"""Rows of a group on a CPU. An accelerator computes all rows in the time of one: there they are one
+group."""
 
 
 class Rows(NamedTuple):
@@ -68,19 +75,25 @@ class Ranks(NamedTuple):
 
 
 class Decoder:
-    """The programs, the parameters, and the cache with the rows. `decode` and `read` change the
-    cache in place."""
+    """The programs, the parameters, and the caches of the groups. `decode` and `read` change the
+    caches in place."""
 
     def __init__(self, params: Any, config: ModelConfig, rows: int):
-        """`params`: unstacked (`decode_layout`)."""
-        self.config, self.rows = config, rows
+        """`params`: unstacked (`decode_layout`). `rows`: at least so many; the groups are full."""
+        self._group = min(rows, GROUP) if jax.default_backend() == "cpu" else rows
+        groups = -(-rows // self._group)
+        self.config, self.rows = config, groups * self._group
         one = init_cache(
             config, 1, config.block_size, compute_dtype(config), stacked=False, lanes=lanes()
         )
-        cache = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), (one.keys, one.values))
-        # Where it is, for all to see: what a program returns is there too, and JAX compiles anew
-        # for arrays of which that is known.
-        self._params, self._cache = jax.device_put((params, cache), jax.local_devices()[0])
+
+        def empty(x: jax.Array) -> jax.Array:
+            return jnp.zeros((self._group, *x.shape), x.dtype)
+
+        caches = [jax.tree.map(empty, (one.keys, one.values)) for _ in range(groups)]
+        # Committed to a device, as what a program returns is: otherwise the first calls would be
+        # compiled twice.
+        self._params, self._caches = jax.device_put((params, caches), jax.local_devices()[0])
         # Not with `sampling_compiler_options`: products over many rows are large (0.8M, 32 rows of
         # 256: 2.3 instead of 3.1 ms of CPU time a step).
         self._decode = jax.jit(functools.partial(_decode, config=config), donate_argnums=1)
@@ -91,10 +104,19 @@ class Decoder:
     def decode(self, rows: Rows, ranked: bool) -> tuple[np.ndarray, Ranks]:
         """Draw `rows.steps` tokens in each row: (int32 [K, R], of which `steps` count, how likely
         each was [K, R], if `ranked`)."""
-        count = np.int32(rows.steps.max())
-        self._cache, out = self._decode(self._params, self._cache, rows, count, ranked)
-        tokens, ranks = jax.device_get(out)
-        return tokens, Ranks(*ranks)
+        drawn = {}
+        for group in range(len(self._caches)):
+            start = group * self._group
+            own = jax.tree.map(lambda x, start=start: x[start : start + self._group], rows)
+            if count := own.steps.max():
+                self._caches[group], drawn[group] = self._decode(
+                    self._params, self._caches[group], own, count, ranked
+                )
+        drawn = jax.device_get(drawn)
+        nothing = jax.tree.map(np.zeros_like, next(iter(drawn.values())))
+        groups = [drawn.get(group, nothing) for group in range(len(self._caches))]
+        tokens, ranks = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *groups)
+        return tokens, ranks
 
     @numerics.standard()
     def read(self, row: int, tokens: np.ndarray, done: int, ranked: bool) -> tuple[int, int, Ranks]:
@@ -108,8 +130,9 @@ class Decoder:
         padded = np.zeros(size + 1, np.int32)
         padded[: count + 1 - at] = tokens[at : at + size + 1]
         piece = padded[:-1], padded[1:]
-        self._cache, ranks = self._read(
-            self._params, self._cache, np.int32(row), *piece, np.int32(at), ranked
+        group, row = divmod(row, self._group)
+        self._caches[group], ranks = self._read(
+            self._params, self._caches[group], np.int32(row), *piece, np.int32(at), ranked
         )
         return min(count, at + size), at, Ranks(*jax.device_get(ranks))
 
@@ -117,13 +140,16 @@ class Decoder:
     def look(self, row: int, token: int, length: int) -> np.ndarray:
         """float32 [L, H, length + 1]: how much each head looks from `token` at the `length` tokens
         in the row's cache, and at the token itself. Changes nothing."""
-        weights = self._look(self._params, self._cache, *map(np.int32, (row, token, length)))
+        group, row = divmod(row, self._group)
+        weights = self._look(
+            self._params, self._caches[group], *map(np.int32, (row, token, length))
+        )
         return np.asarray(weights)[..., : length + 1]
 
     def warm(self) -> None:
         """Compile everything now: nobody shall wait for it later."""
         rows = Rows.resting(self.rows)
-        rows.steps[:] = 1
+        rows.steps[0] = 1
         self.decode(rows, False)
         most = min(self.config.block_size, PIECE)
         for size in sorted({bucket(length, most) for length in range(1, most + 1)}):

@@ -247,6 +247,23 @@ def test_it_serves_in_a_thread_and_tells_when_it_closes():
         served.submit([Stream(endless(), Reader())])
 
 
+@pytest.mark.parametrize(
+    ("streams", "groups"), [(1, 1), (decoder.GROUP, 1), (decoder.GROUP + 1, 2)]
+)
+def test_a_group_without_work_costs_nothing(monkeypatch, streams, groups):
+    served, widths = make(rows=3 * decoder.GROUP), []
+    decode = served.decoder._decode
+
+    def counted(params, cache, rows, *more):
+        widths.append(len(rows.token))
+        return decode(params, cache, rows, *more)
+
+    monkeypatch.setattr(served.decoder, "_decode", counted)
+    served.submit([Stream(endless(), Reader()) for _ in range(streams)])
+    served.step()
+    assert widths == [decoder.GROUP] * groups
+
+
 def test_rows_are_independent_to_the_last_bit(shared):
     """A matrix product may sum in another order for another row; the texts rely on it that it does
     not."""
