@@ -1,9 +1,9 @@
-"""OpenAI's completions: what a client asks, checked, and what it is told, as JSON values."""
+"""OpenAI's completions: a client's request, checked, and the answer to it, as JSON values."""
 
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,16 @@ from gptjax.serving.engine import Piece, Request, Stream, window_start
 from gptjax.settings import INT_LIMIT, Config
 
 CLOSED = "closed"
-"""The finish_reason of what will not be finished, because the server ends."""
+"""The finish_reason of a text that is cut off because the server shuts down."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits(Config):
-    """What one request may ask."""
+    """How much one request may ask for."""
 
     max_tokens: int = 4096
     prompt_tokens: int = 65536
+    """Of all prompts together, times `n`."""
     choices: int = 32
     """`n` times the number of prompts."""
     body_bytes: int = 1 << 20
@@ -46,7 +47,7 @@ class Options(Config):
     n: int = 1
     stop: str | tuple[str, ...] = ()
     seed: int | None = None
-    """Choice i of n is drawn with seed + i. None: by chance."""
+    """Choice i of n is drawn with seed + i. None: a random one."""
     logprobs: int | None = None
     echo: bool = False
     stream: bool = False
@@ -91,44 +92,52 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Order:
     """A request for completions, checked."""
 
     options: Options
     prompts: list[Prompt]
     seed: int
     include_usage: bool = False
-    """Whether a stream ends with how many tokens there were."""
+    """Whether a stream ends with the numbers of tokens."""
 
 
-def parse(body: Any, tokenizer: Tokenizer, limits: Limits) -> Asked:
-    """Raises UserError."""
+def parse(body: Any, tokenizer: Tokenizer, limits: Limits) -> Order:
+    """Takes long for long prompts. Raises UserError."""
     if not isinstance(body, dict):
         raise UserError("expected a JSON object")
     given = {name: value for name, value in body.items() if value is not None}
     prompt = given.pop("prompt", None)
     stream_options, bias = given.pop("stream_options", {}), given.pop("logit_bias", {})
-    names = [field.name for field in dataclasses.fields(Options)]
-    for name in given:
-        if name not in names:
-            raise UserError(f"unknown parameter {name!r}{config_io.near_miss(name, names)}")
+    _check_names(given, [field.name for field in dataclasses.fields(Options)])
     if bias:
         raise UserError("logit_bias is not supported")
     if not isinstance(stream_options, dict) or (stream_options and not given.get("stream")):
         raise UserError("stream_options is an object that goes with stream")
+    _check_names(stream_options, ["include_usage"])
     options = Options(**given)
     if options.max_tokens > limits.max_tokens:
         raise UserError(f"max_tokens {options.max_tokens} is more than {limits.max_tokens}")
-    prompts = list(_prompts(prompt, tokenizer, limits))
+    prompts = list(_prompts(prompt, tokenizer))
     if len(prompts) * options.n > limits.choices:
         count = f"{len(prompts)} prompts x n {options.n}"
         raise UserError(f"{count} are more than {limits.choices} completions")
     seed = secrets.randbelow(INT_LIMIT) if options.seed is None else options.seed
     usage = bool(stream_options.get("include_usage"))
-    return Asked(options, prompts, seed, usage)
+    if (total := sum(len(prompt.ids) for prompt in prompts)) * options.n > limits.prompt_tokens:
+        count = f"{total} prompt tokens x n {options.n}"
+        raise UserError(f"{count} are more than {limits.prompt_tokens}")
+    return Order(options, prompts, seed, usage)
 
 
-def _prompts(given: Any, tokenizer: Tokenizer, limits: Limits) -> Iterator[Prompt]:
+def _check_names(given: dict[str, Any], names: list[str]) -> None:
+    """Raises UserError."""
+    for name in given:
+        if name not in names:
+            raise UserError(f"unknown parameter {name!r}{config_io.near_miss(name, names)}")
+
+
+def _prompts(given: Any, tokenizer: Tokenizer) -> Iterator[Prompt]:
     """Raises UserError."""
     several = isinstance(given, list) and given and all(isinstance(x, (str, list)) for x in given)
     for prompt in given if several else [given]:
@@ -138,8 +147,6 @@ def _prompts(given: Any, tokenizer: Tokenizer, limits: Limits) -> Iterator[Promp
         else:
             ids = check_ids(prompt, tokenizer.n_vocab)
             text = tokenizer.decode(ids.tolist())
-        if len(ids) > limits.prompt_tokens:
-            raise UserError(f"a prompt of {len(ids)} tokens is longer than {limits.prompt_tokens}")
         yield Prompt(text, ids)
 
 
@@ -178,30 +185,32 @@ def attention_of(body: Any, tokenizer: Tokenizer, config: ModelConfig) -> tuple[
 
 
 class Choice:
-    """One of a request's texts, which grows: a listener of its stream.
+    """One of a request's texts as it grows: the listener of its stream.
 
-    With `logprobs` a token is told when all of its text is: `text_offset` is where it begins in the
-    choice's text, and two tokens that make one character together begin at the same place.
+    With `logprobs` a token is reported once all of its text is: `text_offset` is where it begins in
+    the choice's text, and two tokens that make one character together begin at the same place.
     """
 
     def __init__(
-        self, index: int, prompt: Prompt, asked: Asked, tokenizer: Tokenizer,
+        self, index: int, prompt: Prompt, order: Order, tokenizer: Tokenizer,
         send: Callable[[dict[str, Any]], None],
     ):  # fmt: skip
-        """`send` gets what is new, in the engine's thread; the last one has a `finish_reason`."""
+        """`send` gets each update, in the engine's thread; the last one has a `finish_reason`."""
         self.drawn = 0
         """Tokens, up to the end of the text."""
-        self._index, self._prompt, self._asked = index, prompt, asked
+        self._index, self._prompt, self._options = index, prompt, order.options
+        self._seed = (order.seed + index % order.options.n) % INT_LIMIT
         self._tokenizer, self._send = tokenizer, send
-        self._grown = GrowingText(tokenizer, asked.options.stops, tokenizer.eot)
-        self._told = _Logprobs(tokenizer, asked.options.logprobs)
-        self._begun = False
+        self._growing = GrowingText(tokenizer, order.options.stops, tokenizer.eot)
+        self._pending: list[tuple[int, int, dict[str, Any]]] = []
+        """Where the text of each unreported token begins and ends, and what to report."""
+        self._started = False
         self._sent = 0
         """Characters."""
 
     def stream(self) -> Stream:
         """For the engine."""
-        options, ranked = self._asked.options, self._asked.options.logprobs is not None
+        options, ranked = self._options, self._options.logprobs is not None
         request = Request(
             self._prompt.ids,
             options.max_tokens,
@@ -211,114 +220,118 @@ class Choice:
                 options.top_k if options.top_k < self._tokenizer.n_vocab else 0,
                 options.top_p,
             ),
-            (self._asked.seed + self._index % options.n) % INT_LIMIT,
+            self._seed,
             ranked=ranked,
             prompt_ranked=ranked and options.echo,
         )
         return Stream(request, self)
 
     def __call__(self, stream: Stream, piece: Piece) -> bool:
-        text = ""
-        if not self._begun and self._asked.options.echo:
-            text = self._prompt.text
-            if self._told.wanted is not None:
-                self._tell_prompt(stream.prompt_ranks)
-        before = len(self._prompt.text) if self._asked.options.echo else 0
+        options = self._options
+        before = len(self._prompt.text) if options.echo else 0
+        text = "" if self._started or not options.echo else self._prompt.text
         reason = None
         ids = self._extend(piece, before)
-        if self._grown.ended:
+        if self._growing.ended:
             reason = "stop"
         elif piece.last or piece.closed:
-            reason, self._grown.ended = CLOSED if piece.closed else "length", True
-        text += self._grown.take()
+            reason, self._growing.ended = CLOSED if piece.closed else "length", True
+        text += self._growing.take()
         self._sent += len(text)
-        logprobs = self._told.take(self._sent, reason is not None)
-        choice = {
+        logprobs = None if options.logprobs is None else self._reportable(reason is not None)
+        update = {
             "index": self._index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": reason,
         }
-        if self._asked.options.return_token_ids:
-            choice["token_ids"] = ids
-            choice["prompt_token_ids"] = None if self._begun else self._prompt.ids.tolist()
-        if text or reason or "token_ids" in choice or (logprobs and logprobs["tokens"]):
-            self._begun = True
-            self._send(choice)
+        if options.return_token_ids:
+            update["token_ids"] = ids
+            update["prompt_token_ids"] = None if self._started else self._prompt.ids.tolist()
+        if text or reason or options.return_token_ids or (logprobs and logprobs["tokens"]):
+            if not self._started and stream.request.prompt_ranked:
+                update["prompt_ranks"] = stream.prompt_ranks  # for `Answer.complete`
+            self._started = True
+            self._send(update)
         return reason is None
 
     def _extend(self, piece: Piece, before: int) -> list[int]:
         """Add its tokens, until the text ends; those that count."""
-        if self._told.wanted is None and not self._asked.options.stops:
-            self._grown.extend(piece.ids)
+        if self._options.logprobs is None and not self._options.stops:
+            self._growing.extend(piece.ids)
             ids = piece.ids.tolist()
-            count = ids.index(self._tokenizer.eot) + 1 if self._grown.ended else len(ids)
+            count = ids.index(self._tokenizer.eot) + 1 if self._growing.ended else len(ids)
             self.drawn += count
             return ids[:count]
         taken = []
         for i, id_ in enumerate(piece.ids.tolist()):
-            start = before + self._grown.whole
-            self._grown.extend(piece.ids[i : i + 1])
+            start = before + self._growing.whole
+            self._growing.extend(piece.ids[i : i + 1])
             taken.append(id_)
             if piece.ranks and id_ != self._tokenizer.eot:
-                end = before + self._grown.whole
-                self._told.add(id_, start, end, *(x[i] for x in piece.ranks))
-            if self._grown.ended:
+                end = before + self._growing.whole
+                ranks = Ranks(*(x[i] for x in piece.ranks))
+                entry = _entry(self._tokenizer, id_, start, ranks, self._options.logprobs)
+                self._pending.append((start, end, entry))
+            if self._growing.ended:
                 break
         self.drawn += len(taken)
         return taken
 
-    def _tell_prompt(self, ranks: Ranks | None) -> None:
-        grown, length = GrowingText(self._tokenizer), len(self._prompt.text)
-        for i, id_ in enumerate(self._prompt.ids):
-            start = min(grown.whole, length)
-            grown.extend(self._prompt.ids[i : i + 1])
-            known = ranks is not None and not np.isnan(ranks.logprobs[i])
-            found = (x[i] for x in ranks) if ranks and known else (None, (), ())
-            # The token that stands for an empty prompt is none of its text.
-            self._told.add(int(id_), start, min(grown.whole, length), *found)
-
-
-class _Logprobs:
-    """Tokens that wait to be told."""
-
-    def __init__(self, tokenizer: Tokenizer, wanted: int | None):
-        """`wanted`: alternatives at each place; None: nothing is told."""
-        self.wanted = wanted
-        self._tokenizer = tokenizer
-        self._waiting: list[tuple[int, int, dict[str, Any]]] = []
-
-    def add(self, id_: int, start: int, end: int, logprob: Any, ids: Any, logprobs: Any) -> None:
-        """The token has the text's characters from `start` to `end`."""
-        own = spell(self._tokenizer, id_)
-        top = None
-        if logprob is not None:
-            top = {
-                spell(self._tokenizer, int(i)): round(float(x), 6)
-                for i, x in zip(ids[: self.wanted], logprobs, strict=False)
-            }
-            logprob = round(float(logprob), 6)
-            top.setdefault(own, logprob)
-        fields = {"tokens": own, "token_logprobs": logprob, "top_logprobs": top}
-        self._waiting.append((start, end, fields | {"text_offset": start}))
-
-    def take(self, sent: int, all_of_them: bool) -> dict[str, list[Any]] | None:
-        """Those whose text is among the first `sent` characters; at the end also the last one, of
-        which a stop text may have left only the beginning."""
-        if self.wanted is None:
-            return None
-        taken = []
-        for start, end, fields in self._waiting:
-            if not (end <= sent or (all_of_them and start < sent)):
+    def _reportable(self, at_end: bool) -> dict[str, list[Any]]:
+        """The pending tokens whose text has been sent; at the end also the last one, of which a
+        stop text may have left only the beginning."""
+        ready = []
+        for start, end, entry in self._pending:
+            if not (end <= self._sent or (at_end and start < self._sent)):
                 break
-            taken.append(fields)
-        self._waiting = self._waiting[len(taken) :]
-        names = "tokens", "token_logprobs", "top_logprobs", "text_offset"
-        return {name: [fields[name] for fields in taken] for name in names}
+            ready.append(entry)
+        self._pending = self._pending[len(ready) :]
+        return _columns(ready)
+
+
+def _entry(
+    tokenizer: Tokenizer, id_: int, start: int, ranks: Ranks | None, alternatives: int | None
+) -> dict[str, Any]:
+    """What `logprobs` says of a token; `ranks`: its own, None: it has no probability."""
+    own = spell(tokenizer, id_)
+    logprob: float | None = None
+    top: dict[str, float] | None = None
+    if ranks:
+        logprob, top = round(float(ranks.logprobs), 6), {}
+        best = zip(ranks.top_ids.tolist(), ranks.top_logprobs.tolist(), strict=True)
+        for other, x in [*best][:alternatives]:
+            # Of tokens that are spelled alike, the likeliest.
+            top.setdefault(spell(tokenizer, other), round(x, 6))
+        top.setdefault(own, logprob)
+    return {"tokens": own, "token_logprobs": logprob, "top_logprobs": top, "text_offset": start}
+
+
+def _columns(entries: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    names = "tokens", "token_logprobs", "top_logprobs", "text_offset"
+    return {name: [entry[name] for entry in entries] for name in names}
+
+
+def _prompt_logprobs(
+    tokenizer: Tokenizer, prompt: Prompt, ranks: Ranks | None, alternatives: int | None
+) -> dict[str, list[Any]]:
+    entries, start, unfinished = [], 0, list[int]()
+    for i, id_ in enumerate(prompt.ids.tolist()):
+        known = ranks is not None and not np.isnan(ranks.logprobs[i])
+        own = Ranks(*(x[i] for x in ranks)) if ranks and known else None
+        # The token that stands for an empty prompt is none of its text.
+        at = min(start, len(prompt.text))
+        entries.append(_entry(tokenizer, id_, at, own, alternatives))
+        unfinished.append(id_)
+        text = tokenizer.decode(unfinished)
+        # A character has at most four bytes: more are none.
+        if not text.endswith("\ufffd") or len(unfinished) > 8:
+            start, unfinished = start + len(text), []
+    return _columns(entries)
 
 
 def spell(tokenizer: Tokenizer, id_: int) -> str:
-    """A token alone, for people: its text, or its bytes where they are no whole characters."""
+    """A token by itself, for people: its text, or its bytes where they are not whole characters."""
     text = tokenizer.decode([id_])
     if text and "\ufffd" not in text:
         return text
@@ -330,10 +343,12 @@ def spell(tokenizer: Tokenizer, id_: int) -> str:
 
 
 class Answer:
-    """What all that is told about one request has in common."""
+    """What is sent to the client for one request."""
 
-    def __init__(self, model: str, asked: Asked):
-        self._asked = asked
+    def __init__(self, model: str, order: Order, tokenizer: Tokenizer):
+        self._order, self._tokenizer = order, tokenizer
+        self._prompt_logprobs: dict[int, dict[str, list[Any]]] = {}
+        """Of the prompts that are known already."""
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -341,38 +356,50 @@ class Answer:
             "model": model,
         }
 
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """Of a stream."""
-        usage = {"usage": None} if self._asked.include_usage else {}
-        return self._head | {"choices": choices} | usage
+    def complete(self, update: dict[str, Any]) -> dict[str, Any]:
+        """The update with the logprobs of its prompt, where it has to have them. That takes long
+        for a long prompt, so it is not done where updates are made."""
+        if "prompt_ranks" not in update:
+            return update
+        options, number = self._order.options, update["index"] // self._order.options.n
+        ranks = update.pop("prompt_ranks")
+        if number not in self._prompt_logprobs:
+            self._prompt_logprobs[number] = _prompt_logprobs(
+                self._tokenizer, self._order.prompts[number], ranks, options.logprobs
+            )
+        own = update["logprobs"]
+        joined = {name: x + own[name] for name, x in self._prompt_logprobs[number].items()}
+        return update | {"logprobs": joined}
+
+    def chunk(self, update: dict[str, Any]) -> dict[str, Any]:
+        """One event of a stream."""
+        usage = {"usage": None} if self._order.include_usage else {}
+        return self._head | {"choices": [self.complete(update)]} | usage
 
     def usage(self, choices: list[Choice]) -> dict[str, Any]:
-        """The last chunk, or the last field."""
-        read = sum(len(prompt.ids) for prompt in self._asked.prompts)
+        """The last event of a stream."""
+        read = sum(len(prompt.ids) for prompt in self._order.prompts)
         drawn = sum(choice.drawn for choice in choices)
         counts = {"prompt_tokens": read, "completion_tokens": drawn, "total_tokens": read + drawn}
         return self._head | {"choices": [], "usage": counts}
 
-    def whole(self, choices: list[Choice], news: list[dict[str, Any]]) -> dict[str, Any]:
-        """Not streamed: all that was `send` by the choices, put together."""
-        texts: list[dict[str, Any]] = []
-        for index in range(len(choices)):
-            own = [new for new in news if new["index"] == index]
-            texts.append(own[0])
-            for new in own[1:]:
-                texts[-1] = _joined(texts[-1], new)
-        return self.usage(choices) | {"choices": texts}
+    def whole(self, choices: list[Choice], updates: list[dict[str, Any]]) -> dict[str, Any]:
+        """Not streamed: all updates put together."""
+        by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
+        for update in updates:
+            by_choice[update["index"]].append(self.complete(update))
+        return self.usage(choices) | {"choices": [_joined(own) for own in by_choice]}
 
 
-def _joined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    out = b | {"text": a["text"] + b["text"]}
-    if b["logprobs"]:
+def _joined(updates: list[dict[str, Any]]) -> dict[str, Any]:
+    """The updates of one choice."""
+    out = updates[-1] | {"text": "".join(update["text"] for update in updates)}
+    if out["logprobs"]:
         out["logprobs"] = {
-            name: a["logprobs"][name] + b["logprobs"][name] for name in a["logprobs"]
+            name: [x for update in updates for x in update["logprobs"][name]]
+            for name in out["logprobs"]
         }
-    if "token_ids" in b:
-        out |= {
-            "token_ids": a["token_ids"] + b["token_ids"],
-            "prompt_token_ids": a["prompt_token_ids"],
-        }
+    if "token_ids" in out:
+        out["token_ids"] = [id_ for update in updates for id_ in update["token_ids"]]
+        out["prompt_token_ids"] = updates[0]["prompt_token_ids"]
     return out

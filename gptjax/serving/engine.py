@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gptjax.errors import RunError
+from gptjax.errors import RunError, UserError
 from gptjax.sampling import CHUNK, Sampling
 from gptjax.serving.decoder import Decoder, Ranks, Rows
 
@@ -23,7 +23,11 @@ INTERVAL = 0.03
 
 
 class Full(RunError):
-    """More requests wait than may."""
+    """There is no room in the queue now."""
+
+
+class Closed(RunError):
+    """The engine serves no more."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,11 +123,14 @@ class Engine:
         return sum(stream is not None for stream in self._rows) + len(self._waiting)
 
     def submit(self, streams: Sequence[Stream]) -> None:
-        """Take all of them, or raise Full."""
+        """Take all of them, or raise Full, Closed, or UserError: there are more than ever fit."""
         with self._changed:
-            room = self._queue + self._rows.count(None) - len(self._waiting)
-            if len(streams) > room or self._closed:
-                raise Full(f"{len(self._waiting)} requests wait already; try again soon")
+            if self._closed:
+                raise Closed("the server is shutting down")
+            if len(streams) > (most := self._queue + len(self._rows)):
+                raise UserError(f"{len(streams)} completions at once; this server takes {most}")
+            if len(streams) > self._queue + self._rows.count(None) - len(self._waiting):
+                raise Full(f"{len(self._waiting)} requests are waiting already; try again soon")
             self._waiting.extend(streams)
             self._changed.notify()
 

@@ -1,5 +1,6 @@
 """The server as its clients meet it: OpenAI's own, a browser, and those who mean no good."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -111,7 +112,7 @@ def test_the_client_is_told_what_is_wrong(served, client):
         lambda: client.models.retrieve("gpt-4"),
         lambda: client.completions.create(model="gpt-4", prompt="a"),
     ):
-        with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'; here is 'tiny'"):
+        with pytest.raises(openai.NotFoundError, match="no model 'gpt-4'; this server has 'tiny'"):
             call()
     with pytest.raises(openai.BadRequestError, match=r"temperature -1\.0 is outside") as error:
         client.completions.create(model="tiny", prompt="N", temperature=-1.0)
@@ -125,6 +126,10 @@ def test_too_many_requests_are_told_to_come_again(tiny):
         with pytest.raises(openai.RateLimitError, match="try again soon") as error:
             client.completions.create(model="tiny", prompt="N")
         assert error.value.response.headers["retry-after"] == "1"
+        with pytest.raises(
+            openai.BadRequestError, match="2 completions at once; this server takes 1"
+        ):
+            client.completions.create(model="tiny", prompt="N", n=2)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -144,6 +149,44 @@ def test_who_disconnects_frees_the_rows(served, stream):
     assert request(served, "GET", "/health")[:2] == (200, {"status": "ok", "requests": 0})
 
 
+BEGUN = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+
+
+@pytest.mark.parametrize("sent", ["", "GET / HT", f"{BEGUN}content-length: 99\r\n\r\n{{"])
+def test_a_client_that_never_finishes_its_request_is_disconnected(served, monkeypatch, sent):
+    monkeypatch.setattr(app, "PATIENCE", 0.3)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+        connection.sendall(sent.encode())
+        with contextlib.suppress(ConnectionResetError):
+            assert not connection.recv(1)
+
+
+def test_a_client_that_stops_reading_frees_its_row(served, monkeypatch):
+    monkeypatch.setattr(app, "PATIENCE", 0.3)
+    body = {"prompt": PROMPT, "max_tokens": 10**9, "stream": True, "logprobs": 10}
+    data = json.dumps(body)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(f"{BEGUN}content-length: {len(data)}\r\n\r\n{data}".encode())
+        connection.recv(10)
+        wait_until(lambda: served.engine.busy == 1)
+        wait_until(lambda: served.engine.busy == 0)
+
+
+def test_a_client_that_reads_slowly_is_not_disconnected(served, monkeypatch):
+    monkeypatch.setattr(app, "PATIENCE", 0.1)
+    data = json.dumps({"prompt": PROMPT, "max_tokens": 400, "stream": True, "logprobs": 10})
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(f"{BEGUN}content-length: {len(data)}\r\n\r\n{data}".encode())
+        answer = b""
+        while not answer.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
+            answer += connection.recv(2000)
+            time.sleep(0.005)
+
+
 def test_a_server_that_ends_says_so(tiny):
     with serve(tiny.run, rows=1) as ending:
         client = openai.OpenAI(base_url=f"{ending.url}/v1", api_key="none", max_retries=0)
@@ -152,8 +195,13 @@ def test_a_server_that_ends_says_so(tiny):
         )
         next(iter(chunks))
         ending.engine.close()
-        with pytest.raises(openai.APIError, match="the server ends"):
+        with pytest.raises(openai.APIError, match="the server is shutting down"):
             list(chunks)
+        with pytest.raises(
+            openai.InternalServerError, match="the server is shutting down"
+        ) as error:
+            client.completions.create(model="tiny", prompt=PROMPT)
+        assert error.value.status_code == 503
 
 
 @pytest.mark.parametrize(
@@ -229,6 +277,15 @@ def test_the_page_needs_nothing_from_outside(served):
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy
     assert policy.count("'sha256-") == 2 and "unsafe" not in policy
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/models", "/nothing"])
+@pytest.mark.parametrize("host", ["localhost", "evil.example"])
+def test_no_other_site_can_use_an_answer(served, path, host):
+    headers = request(served, "GET", path, host=host)[2]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_a_port_in_use_is_one_clear_line(served):

@@ -13,6 +13,7 @@ from gptjax.serving.decoder import Ranks
 from gptjax.serving.engine import Piece
 
 LETTERS = CharTokenizer("\n abcdef")
+NAMES = "tokens", "token_logprobs", "top_logprobs", "text_offset"
 BYTES = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
 LIMITS = Limits(max_tokens=50, prompt_tokens=9, choices=6)
 
@@ -43,6 +44,10 @@ LIMITS = Limits(max_tokens=50, prompt_tokens=9, choices=6)
         ({"prompt": "a", "logit_bias": {"1": 2}}, "logit_bias is not supported"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "goes with stream"),
         ({"prompt": "a", "stream_options": []}, "stream_options is an object"),
+        (
+            {"prompt": "a", "stream": True, "stream_options": {"include_usge": True}},
+            "unknown parameter 'include_usge'; did you mean include_usage",
+        ),
         ({"prompt": "x"}, "the character 'x'"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 3}, "a prompt is a text, or a list of token ids"),
@@ -50,7 +55,8 @@ LIMITS = Limits(max_tokens=50, prompt_tokens=9, choices=6)
         ({"prompt": [[1], []]}, "a prompt is a text"),
         ({"prompt": [1.5]}, "a prompt is a text"),
         ({"prompt": [8]}, "token id 8 is not one of the model's 0 to 7"),
-        ({"prompt": "abcdefabcd"}, "a prompt of 10 tokens is longer than 9"),
+        ({"prompt": "abcdefabcd"}, "10 prompt tokens x n 1 are more than 9"),
+        ({"prompt": ["abc", "ab"], "n": 2}, "5 prompt tokens x n 2 are more than 9"),
     ],
 )
 def test_bad_requests_are_refused_with_a_reason(body, words):
@@ -78,10 +84,10 @@ class Heard(list):
     """What a choice sends, of tokens that a test makes."""
 
     def __init__(self, tokenizer, index=0, **body):
-        asked = parse({"prompt": "a", "max_tokens": 50, "seed": 7} | body, tokenizer, LIMITS)
-        self.choice = Choice(index, asked.prompts[0], asked, tokenizer, self.append)
+        order = parse({"prompt": "a", "max_tokens": 50, "seed": 7} | body, tokenizer, LIMITS)
+        self.choice = Choice(index, order.prompts[0], order, tokenizer, self.append)
         self.stream = self.choice.stream()
-        self.answer = Answer("m", asked)
+        self.answer = Answer("m", order, tokenizer)
 
     def tell(self, ids, last=False):
         """As the engine does: token i has probability 1/2, token 0 1/4, in each place."""
@@ -95,7 +101,7 @@ class Heard(list):
 
     @property
     def whole(self):
-        return self.answer.whole([self.choice], self)
+        return self.answer.whole([self.choice], [dict(update) for update in self])
 
     @property
     def text(self):
@@ -138,7 +144,7 @@ def test_the_end_of_text_token_ends_it(more):
 def test_logprobs_have_openais_form():
     heard = Heard(LETTERS, logprobs=2, echo=True, max_tokens=2)
     heard.tell(LETTERS.encode("b"))
-    assert heard[0]["logprobs"]["tokens"] == ["a", "b"]  # as soon as their text is
+    assert heard[0]["logprobs"]["tokens"] == ["b"]  # as soon as its text is
     heard.tell(LETTERS.encode("c"), last=True)
     (choice,) = heard.whole["choices"]
     half, quarter = (pytest.approx(math.log(p), abs=1e-5) for p in (0.5, 0.25))
@@ -153,6 +159,60 @@ def test_logprobs_have_openais_form():
             "text_offset": [0, 1, 2],
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "tokens", "offsets"),
+    [
+        ("", "ab", ["<|endoftext|>", "a", "b"], [0, 0, 1]),  # the prompt's is none of the text
+        ("é", "éab", ["bytes:\\xc3", "bytes:\\xa9", "a", "b"], [0, 0, 1, 2]),
+        ([0x80] * 9, "\ufffd" * 9 + "ab", ["bytes:\\x80"] * 9 + ["a", "b"], [0] * 9 + [9, 10]),
+    ],
+)
+def test_the_echoed_prompt_is_reported_with_the_first_text(prompt, text, tokens, offsets):
+    heard = Heard(BYTES, prompt=prompt, echo=True, logprobs=1)
+    heard.tell([97])
+    first = heard.answer.chunk(dict(heard[0]))["choices"][0]
+    assert (first["text"], first["logprobs"]["tokens"]) == (text[:-1], tokens[:-1])
+    heard.tell([98], last=True)
+    (choice,) = heard.whole["choices"]
+    assert choice["text"] == text and choice["logprobs"]["tokens"] == tokens
+    assert choice["logprobs"]["text_offset"] == offsets
+
+
+class Twins(CharTokenizer):
+    """Tokens 2 and 3 are spelled alike."""
+
+    def decode(self, ids):
+        return super().decode([2 if id_ == 3 else id_ for id_ in ids])
+
+
+@pytest.mark.parametrize("drawn", [2, 3])
+def test_of_tokens_that_are_spelled_alike_the_likeliest_is_told(drawn):
+    heard = Heard(Twins("\n abcdef"), logprobs=2)
+    top = np.log(np.array([[0.5, 0.25]], np.float32))
+    ranks = Ranks(top[:, drawn - 2], np.array([[2, 3]], np.int32), top)
+    heard.choice(heard.stream, Piece(np.array([drawn], np.int32), ranks, True))
+    (told,) = heard.whole["choices"][0]["logprobs"]["top_logprobs"]
+    assert told == {"a": pytest.approx(math.log(0.5), abs=1e-5)}
+
+
+class Counting(Gpt2Tokenizer):
+    decoded = 0
+
+    def decode(self, ids):
+        self.decoded += len(ids)
+        return super().decode(ids)
+
+
+@pytest.mark.parametrize("id_", [97, 0x80])
+def test_reporting_a_prompt_takes_time_that_grows_with_its_length(id_):
+    tokenizer, length = Counting({bytes([byte]): byte for byte in range(256)}), 1000
+    body = {"prompt": [id_] * length, "echo": True, "logprobs": 1}
+    order = parse(body, tokenizer, Limits())
+    update = {"index": 0, "prompt_ranks": None, "logprobs": {name: [] for name in NAMES}}
+    told = Answer("m", order, tokenizer).complete(update)["logprobs"]
+    assert len(told["tokens"]) == length and tokenizer.decoded < 9 * length
 
 
 def test_a_choice_is_drawn_with_its_own_seed():

@@ -14,10 +14,11 @@ from small_models import random_params
 
 from gptjax.config import ModelConfig
 from gptjax.decode_layout import unstack
+from gptjax.errors import UserError
 from gptjax.sampling import Sampling, generate
 from gptjax.serving import decoder, engine
 from gptjax.serving.decoder import Decoder
-from gptjax.serving.engine import Engine, Full, Request, Stream, window_start
+from gptjax.serving.engine import Closed, Engine, Full, Request, Stream, window_start
 
 CONFIG = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=61, bias=False)
 PARAMS = {
@@ -191,7 +192,9 @@ def test_a_request_that_nobody_wants_any_more_never_gets_a_row(shared):
 def test_too_many_are_refused_and_none_of_them_is_taken():
     served = make(rows=2, queue=1)
     served.submit([Stream(endless(), Reader()) for _ in range(2)])
-    with pytest.raises(Full, match="2 requests wait already"):
+    with pytest.raises(UserError, match="4 completions at once; this server takes 3"):
+        served.submit([Stream(endless(), Reader()) for _ in range(4)])
+    with pytest.raises(Full, match="2 requests are waiting already"):
         served.submit([Stream(endless(), Reader()) for _ in range(2)])
     assert served.busy == 2
     served.submit([Stream(endless(), Reader())])
@@ -243,15 +246,13 @@ def test_it_serves_in_a_thread_and_tells_when_it_closes():
     served.close()
     thread.join(60)
     assert not thread.is_alive() and reader.pieces[-1].closed and waiting.pieces[-1].closed
-    with pytest.raises(Full):
+    with pytest.raises(Closed):
         served.submit([Stream(endless(), Reader())])
 
 
-@pytest.mark.parametrize(
-    ("streams", "groups"), [(1, 1), (decoder.GROUP, 1), (decoder.GROUP + 1, 2)]
-)
+@pytest.mark.parametrize(("streams", "groups"), [(1, 1), (2, 1), (3, 2)])
 def test_a_group_without_work_costs_nothing(monkeypatch, streams, groups):
-    served, widths = make(rows=3 * decoder.GROUP), []
+    served, widths = make(rows=5), []
     decode = served.decoder._decode
 
     def counted(params, cache, rows, *more):
@@ -261,7 +262,7 @@ def test_a_group_without_work_costs_nothing(monkeypatch, streams, groups):
     monkeypatch.setattr(served.decoder, "_decode", counted)
     served.submit([Stream(endless(), Reader()) for _ in range(streams)])
     served.step()
-    assert widths == [decoder.GROUP] * groups
+    assert widths == [2] * groups and served.decoder.rows == 6
 
 
 def test_rows_are_independent_to_the_last_bit(shared):
