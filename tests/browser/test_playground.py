@@ -174,6 +174,30 @@ def test_what_is_wrong_is_said(playground, open_page):
     assert open_page.wrong.pop().endswith("400 (Bad Request)")  # the browser's own remark
 
 
+def test_a_refusal_is_shown_with_its_reason(open_page, served):
+    page = open_page("about:blank")
+    refusal = {"error": {"message": "this server is not called 'x'"}}
+    page.route("**/v1/models", lambda route: route.fulfill(status=403, json=refusal))
+    page.goto(served.url)
+    page.wait_for_selector("#error:has-text(\"this server is not called 'x'\")")
+    assert "403" in open_page.wrong.pop()
+    page.unroute("**/v1/models")
+    page.route("**/v1/models", lambda route: route.abort())
+    page.goto(served.url)
+    page.wait_for_selector("#error:has-text('The server does not answer.')")
+    assert "ERR_FAILED" in open_page.wrong.pop()
+
+
+def test_a_text_may_be_long(playground):
+    page = playground()
+    logprobs = "{tokens: ['x'], token_logprobs: [null], top_logprobs: [null], text_offset: [0]}"
+    page.evaluate(f"""
+        const ids = Array(500000).fill(0), text = "x".repeat(500000);
+        add({{text, token_ids: [], prompt_token_ids: ids, logprobs: {logprobs}}});
+    """)
+    assert len(text_of(page)) == 500_000
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [375, 1280])
 def test_it_is_legible_and_nothing_is_cut_off(playground, assert_accessible, dark, width):
