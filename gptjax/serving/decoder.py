@@ -33,8 +33,10 @@ ALTERNATIVES = 10
 PIECE = 256
 """Tokens of a prompt that are read at a time: so long do the rows that draw wait."""
 
-CACHED = 16 << 20
-"""Bytes of parameters that a CPU reads from its cache."""
+GROUP = 8
+"""Rows of a group on a CPU, a compromise between one stream and many: for 8 rows a step takes about
+a third of what it takes for 32 (0.8M: 1.2 of 3.5 ms; 37M: 53 of 139 ms). On an accelerator, which
+computes many rows nearly as fast as one, all rows are one group."""
 
 
 class Rows(NamedTuple):
@@ -73,23 +75,13 @@ class Ranks(NamedTuple):
     """float32 [..., N]."""
 
 
-def group_size(params: Any, rows: int) -> int:
-    """Rows of a group. An accelerator computes all rows in nearly the time of one. On a CPU it is a
-    compromise between few streams and many: milliseconds of CPU time a step for 2, 8 and 32 rows
-    were 0.25, 1.2, 3.6 at 0.8M, whose parameters stay in the cache, and 32, 53, 139 at 37M."""
-    if jax.default_backend() != "cpu":
-        return rows
-    size = sum(x.nbytes for x in jax.tree.leaves(params))
-    return min(rows, 2 if size < CACHED else 8)
-
-
 class Decoder:
     """The programs, the parameters, and the caches of the groups. `decode` and `read` change the
     caches in place."""
 
     def __init__(self, params: Any, config: ModelConfig, rows: int):
         """`params`: unstacked (`decode_layout`). `rows`: at least so many; the groups are full."""
-        self._group = group_size(params, rows)
+        self._group = min(rows, GROUP) if jax.default_backend() == "cpu" else rows
         groups = -(-rows // self._group)
         self.config, self.rows = config, groups * self._group
         one = init_cache(

@@ -25,7 +25,7 @@ PARAMS = {
     name: x if name != "ln_f" else {"scale": 1 + x["scale"]}
     for name, x in random_params(CONFIG, scale=0.7).items()
 }
-ROWS = 8
+ROWS = 2 * decoder.GROUP
 
 
 class Reader:
@@ -250,9 +250,9 @@ def test_it_serves_in_a_thread_and_tells_when_it_closes():
         served.submit([Stream(endless(), Reader())])
 
 
-@pytest.mark.parametrize(("streams", "groups"), [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("streams", "groups"), [(1, 1), (8, 1), (9, 2)])
 def test_a_group_without_work_costs_nothing(monkeypatch, streams, groups):
-    served, widths = make(rows=5), []
+    served, widths = make(rows=17), []
     decode = served.decoder._decode
 
     def counted(params, cache, rows, *more):
@@ -262,7 +262,7 @@ def test_a_group_without_work_costs_nothing(monkeypatch, streams, groups):
     monkeypatch.setattr(served.decoder, "_decode", counted)
     served.submit([Stream(endless(), Reader()) for _ in range(streams)])
     served.step()
-    assert widths == [2] * groups and served.decoder.rows == 6
+    assert widths == [8] * groups and served.decoder.rows == 24
 
 
 def test_rows_are_independent_to_the_last_bit(shared):
