@@ -16,18 +16,18 @@ class ServeFlags(Config):
     to play on, and OpenAI's POST /v1/completions. Ctrl-C ends it."""
 
     host: str = "127.0.0.1"
-    """Address to listen on. 127.0.0.1: only this machine; 0.0.0.0: all who can reach it, and
-    nobody is asked for a password."""
+    """Address to listen on. 127.0.0.1: only this machine; 0.0.0.0: all who can reach it, without
+    a password."""
     port: int = 8000
     """Port to listen on; 0: a free one."""
     allowed_hosts: tuple[str, ...] = ()
     """Names by which clients call this server, besides localhost and its addresses."""
     rows: int = 16
-    """Texts that are drawn at the same time."""
+    """Texts drawn at the same time."""
     queue: int = 64
     """Texts that may wait for a row; more are refused (429)."""
     max_tokens: int = 4096
-    """At most so many new tokens a text."""
+    """Most new tokens of a text."""
     checkpoint: str = "best"
     """best (lowest validation loss), latest, or a step."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

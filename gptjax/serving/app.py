@@ -41,8 +41,7 @@ ENDING = 2.0
 """Seconds that the server's thread is given to end."""
 
 PATIENCE = 10.0
-"""Seconds after which a client that is in the way has been noticed, and as many again until its
-connection is closed."""
+"""Seconds between two looks at a connection; it is closed if nothing has moved."""
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),

@@ -28,10 +28,10 @@ from gptjax.sampling import CHUNK, Sampling, bucket, hash_keys, lanes, sample
 from gptjax.train_step import random_key
 
 ALTERNATIVES = 10
-"""Of the likeliest tokens at a position, so many are told."""
+"""How many of the likeliest tokens at a position are reported."""
 
 PIECE = 256
-"""Tokens of a prompt that are read at a time: so long do the rows that draw wait."""
+"""Tokens of a prompt that are read at a time; the rows that draw wait meanwhile."""
 
 GROUP = 8
 """Rows of a group on a CPU, a compromise between one stream and many: for 8 rows a step takes about
@@ -148,7 +148,7 @@ class Decoder:
         return np.asarray(weights)[..., : length + 1]
 
     def warm(self) -> None:
-        """Compile everything now: nobody shall wait for it later."""
+        """Compile everything now, so that nobody waits for it later."""
         rows = Rows.resting(self.rows)
         rows.steps[0] = 1
         self.decode(rows, False)
@@ -234,8 +234,8 @@ def _look(
     config: ModelConfig,
 ) -> jax.Array:  # fmt: skip
     """float32 [L, H, S]."""
-    found = activations(params, token[None, None], config, _row(cache, row, length))
-    weights = [found[f"h.{layer}.attn.weights"] for layer in range(config.n_layer)]
+    inner = activations(params, token[None, None], config, _row(cache, row, length))
+    weights = [inner[f"h.{layer}.attn.weights"] for layer in range(config.n_layer)]
     return jnp.stack(weights).reshape(config.n_layer, config.n_head, -1)
 
 

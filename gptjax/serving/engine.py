@@ -1,7 +1,7 @@
 """Continuous batching: requests share the rows of one decoder. A request joins at the next call of
 the decoder, and a row is free as soon as its text has ended or is no longer wanted.
 
-It knows tokens, no text, and nothing of HTTP. One thread drives it (`run`, or `step` by step);
+It knows tokens, not text, and nothing of HTTP. One thread drives it (`run`, or `step` by step);
 other threads may call `submit`, `Stream.cancel` and `close`.
 """
 
@@ -19,7 +19,7 @@ from gptjax.sampling import CHUNK, Sampling
 from gptjax.serving.decoder import Decoder, Ranks, Rows
 
 INTERVAL = 0.03
-"""Seconds after which a stream shall hear of new tokens: as many are drawn at a time as fit."""
+"""Seconds between two pieces of a stream: as many tokens are drawn at a time as fit."""
 
 
 class Full(RunError):
@@ -41,15 +41,15 @@ class Request:
     sampling: Sampling = Sampling()  # noqa: RUF009
     seed: int = 0
     ranked: bool = False
-    """Whether to tell how likely the tokens were."""
+    """Whether to report how likely the tokens were."""
     prompt_ranked: bool = False
-    """Whether to tell that of the prompt's tokens too."""
+    """The same for the prompt's tokens."""
     look: bool = False
-    """Whether to tell the attention of the prompt's last token."""
+    """Whether to report the attention of the prompt's last token."""
 
 
 class Piece(NamedTuple):
-    """What is new of a stream."""
+    """What a stream has got since the last one."""
 
     ids: np.ndarray
     """int32 [n]."""
@@ -62,7 +62,7 @@ class Piece(NamedTuple):
 
 
 class Stream:
-    """A request on its way, and what is known of its prompt."""
+    """A request in progress, and what is known of its prompt."""
 
     def __init__(self, request: Request, listener: "Listener"):
         """`listener` is called in the engine's thread, and says whether to go on. It must not
@@ -83,7 +83,7 @@ class Stream:
 
     @property
     def is_new(self) -> bool:
-        """Whether nothing was drawn yet."""
+        """Whether nothing has been drawn yet."""
         return len(self._text) == len(self.request.prompt)
 
     def cancel(self) -> None:
@@ -135,7 +135,8 @@ class Engine:
             self._changed.notify()
 
     def run(self) -> None:
-        """Serve until `close`. What is not finished at the end, for whatever reason, is told so."""
+        """Serve until `close`. Streams that are unfinished at the end, for whatever reason, get a
+        last piece that says so."""
         try:
             while not self._closed:
                 if not self.step():
@@ -196,7 +197,7 @@ class Engine:
                 if stream.request.look:
                     token = stream._text[-1]
                     stream.attention = self.decoder.look(row, token, stream._cached)
-                self._tell(row, Piece(np.zeros(0, np.int32), None, True))
+                self._deliver(row, Piece(np.zeros(0, np.int32), None, True))
 
     def _read_piece(self, row: int, stream: Stream) -> None:
         length, ranked = len(stream.request.prompt), stream.request.prompt_ranked and stream.is_new
@@ -206,8 +207,8 @@ class Engine:
             if stream.prompt_ranks is None:
                 stream.prompt_ranks = Ranks(*(_unknown(x, length) for x in ranks))
             first = stream._start + at + 1
-            for known, found in zip(stream.prompt_ranks, ranks, strict=True):
-                known[first : first + len(found)] = found[: length - first]
+            for known, new in zip(stream.prompt_ranks, ranks, strict=True):
+                known[first : first + len(new)] = new[: length - first]
 
     def _draw(self) -> None:
         """One call of the decoder."""
@@ -244,11 +245,11 @@ class Engine:
             new = tokens[:count, row]
             stream._text += new.tolist()
             stream._cached += count
-            found = Ranks(*(x[:count, row] for x in ranks)) if stream.request.ranked else None
+            own_ranks = Ranks(*(x[:count, row] for x in ranks)) if stream.request.ranked else None
             drawn = len(stream._text) - len(stream.request.prompt)
-            self._tell(row, Piece(new, found, drawn == stream.request.max_new_tokens))
+            self._deliver(row, Piece(new, own_ranks, drawn == stream.request.max_new_tokens))
 
-    def _tell(self, row: int, piece: Piece) -> None:
+    def _deliver(self, row: int, piece: Piece) -> None:
         stream = self._rows[row]
         assert stream
         goes_on = not stream._cancelled and stream._listener(stream, piece)

@@ -1,4 +1,4 @@
-"""What clients ask is checked; what they are told is whole: characters, tokens, counts."""
+"""Requests are checked; answers have whole characters, and the right tokens and counts."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_a_prompt_may_have_every_form_of_openais(prompt, expected):
     assert asked.options.n == 1 and 0 <= asked.seed < 2**31
 
 
-class Heard(list):
+class Recorder(list):
     """What a choice sends, of tokens that a test makes."""
 
     def __init__(self, tokenizer, index=0, **body):
@@ -110,43 +110,50 @@ class Heard(list):
 
 @pytest.mark.parametrize("more", [{}, {"logprobs": 1}])
 def test_no_half_character_is_sent(more):
-    heard, ids = Heard(BYTES, **more), list("é中!".encode())
+    recorder, ids = Recorder(BYTES, **more), list("é中!".encode())
     for id_ in ids:
-        heard.tell([id_])
-    heard.tell([ids[0]], last=True)  # at the very end
-    assert [new["text"] for new in heard if new["text"]] == ["é", "中", "!", "\ufffd"]
-    if told := heard.whole["choices"][0]["logprobs"]:
-        assert told["text_offset"] == [0, 0, 1, 1, 1, 2, 3]
-        assert told["tokens"][:2] == ["bytes:\\xc3", "bytes:\\xa9"] and told["tokens"][5] == "!"
+        recorder.tell([id_])
+    recorder.tell([ids[0]], last=True)  # at the very end
+    assert [new["text"] for new in recorder if new["text"]] == ["é", "中", "!", "\ufffd"]
+    if logprobs := recorder.whole["choices"][0]["logprobs"]:
+        assert logprobs["text_offset"] == [0, 0, 1, 1, 1, 2, 3]
+        assert (
+            logprobs["tokens"][:2] == ["bytes:\\xc3", "bytes:\\xa9"]
+            and logprobs["tokens"][5] == "!"
+        )
 
 
 def test_a_stop_text_is_not_sent_and_ends_it():
-    heard = Heard(LETTERS, stop="cd", logprobs=0)
-    assert heard.tell(LETTERS.encode("abc"))
-    assert heard.text == "ab"
-    assert not heard.tell(LETTERS.encode("def"))
-    assert (heard.text, heard[-1]["finish_reason"]) == ("ab", "stop")
-    assert heard.whole["usage"] == {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5}
-    assert heard.whole["choices"][0]["logprobs"]["tokens"] == ["a", "b"]
+    recorder = Recorder(LETTERS, stop="cd", logprobs=0)
+    assert recorder.tell(LETTERS.encode("abc"))
+    assert recorder.text == "ab"
+    assert not recorder.tell(LETTERS.encode("def"))
+    assert (recorder.text, recorder[-1]["finish_reason"]) == ("ab", "stop")
+    assert recorder.whole["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 4,
+        "total_tokens": 5,
+    }
+    assert recorder.whole["choices"][0]["logprobs"]["tokens"] == ["a", "b"]
 
 
 @pytest.mark.parametrize("more", [{}, {"logprobs": 1}])
 def test_the_end_of_text_token_ends_it(more):
-    heard = Heard(BYTES, return_token_ids=True, **more)
-    assert not heard.tell([97, 98, BYTES.eot, 99])
-    (choice,) = heard.whole["choices"]
+    recorder = Recorder(BYTES, return_token_ids=True, **more)
+    assert not recorder.tell([97, 98, BYTES.eot, 99])
+    (choice,) = recorder.whole["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("ab", "stop")
     assert choice["token_ids"] == [97, 98, BYTES.eot] and choice["prompt_token_ids"] == [97]
-    assert heard.whole["usage"]["completion_tokens"] == 3
+    assert recorder.whole["usage"]["completion_tokens"] == 3
     assert not more or choice["logprobs"]["tokens"] == ["a", "b"]
 
 
 def test_logprobs_have_openais_form():
-    heard = Heard(LETTERS, logprobs=2, echo=True, max_tokens=2)
-    heard.tell(LETTERS.encode("b"))
-    assert heard[0]["logprobs"]["tokens"] == ["b"]  # as soon as its text is
-    heard.tell(LETTERS.encode("c"), last=True)
-    (choice,) = heard.whole["choices"]
+    recorder = Recorder(LETTERS, logprobs=2, echo=True, max_tokens=2)
+    recorder.tell(LETTERS.encode("b"))
+    assert recorder[0]["logprobs"]["tokens"] == ["b"]  # as soon as its text is
+    recorder.tell(LETTERS.encode("c"), last=True)
+    (choice,) = recorder.whole["choices"]
     half, quarter = (pytest.approx(math.log(p), abs=1e-5) for p in (0.5, 0.25))
     assert choice == {
         "index": 0,
@@ -170,12 +177,12 @@ def test_logprobs_have_openais_form():
     ],
 )
 def test_the_echoed_prompt_is_reported_with_the_first_text(prompt, text, tokens, offsets):
-    heard = Heard(BYTES, prompt=prompt, echo=True, logprobs=1)
-    heard.tell([97])
-    first = heard.answer.chunk(dict(heard[0]))["choices"][0]
+    recorder = Recorder(BYTES, prompt=prompt, echo=True, logprobs=1)
+    recorder.tell([97])
+    first = recorder.answer.chunk(dict(recorder[0]))["choices"][0]
     assert (first["text"], first["logprobs"]["tokens"]) == (text[:-1], tokens[:-1])
-    heard.tell([98], last=True)
-    (choice,) = heard.whole["choices"]
+    recorder.tell([98], last=True)
+    (choice,) = recorder.whole["choices"]
     assert choice["text"] == text and choice["logprobs"]["tokens"] == tokens
     assert choice["logprobs"]["text_offset"] == offsets
 
@@ -188,13 +195,13 @@ class Twins(CharTokenizer):
 
 
 @pytest.mark.parametrize("drawn", [2, 3])
-def test_of_tokens_that_are_spelled_alike_the_likeliest_is_told(drawn):
-    heard = Heard(Twins("\n abcdef"), logprobs=2)
+def test_of_tokens_spelled_alike_the_likeliest_is_reported(drawn):
+    recorder = Recorder(Twins("\n abcdef"), logprobs=2)
     top = np.log(np.array([[0.5, 0.25]], np.float32))
     ranks = Ranks(top[:, drawn - 2], np.array([[2, 3]], np.int32), top)
-    heard.choice(heard.stream, Piece(np.array([drawn], np.int32), ranks, True))
-    (told,) = heard.whole["choices"][0]["logprobs"]["top_logprobs"]
-    assert told == {"a": pytest.approx(math.log(0.5), abs=1e-5)}
+    recorder.choice(recorder.stream, Piece(np.array([drawn], np.int32), ranks, True))
+    (reported,) = recorder.whole["choices"][0]["logprobs"]["top_logprobs"]
+    assert reported == {"a": pytest.approx(math.log(0.5), abs=1e-5)}
 
 
 class Counting(Gpt2Tokenizer):
@@ -211,14 +218,14 @@ def test_reporting_a_prompt_takes_time_that_grows_with_its_length(id_):
     body = {"prompt": [id_] * length, "echo": True, "logprobs": 1}
     order = parse(body, tokenizer, Limits())
     update = {"index": 0, "prompt_ranks": None, "logprobs": {name: [] for name in NAMES}}
-    told = Answer("m", order, tokenizer).complete(update)["logprobs"]
-    assert len(told["tokens"]) == length and tokenizer.decoded < 9 * length
+    reported = Answer("m", order, tokenizer).complete(update)["logprobs"]
+    assert len(reported["tokens"]) == length and tokenizer.decoded < 9 * length
 
 
 def test_a_choice_is_drawn_with_its_own_seed():
-    assert [Heard(LETTERS, index=i, n=3).stream.request.seed for i in range(6)] == [7, 8, 9] * 2
-    assert Heard(LETTERS, top_k=8).stream.request.sampling.top_k == 0  # all there are
-    assert Heard(LETTERS, top_k=7).stream.request.sampling.top_k == 7
+    assert [Recorder(LETTERS, index=i, n=3).stream.request.seed for i in range(6)] == [7, 8, 9] * 2
+    assert Recorder(LETTERS, top_k=8).stream.request.sampling.top_k == 0  # all there are
+    assert Recorder(LETTERS, top_k=7).stream.request.sampling.top_k == 7
 
 
 def test_tokens_are_spelled_for_people():
