@@ -136,7 +136,7 @@ def hugging_face_sampler(job: Job) -> Callable[[torch.Tensor], torch.Tensor]:
     config = transformers.GPT2Config(
         n_layer=ours.n_layer, n_head=ours.n_head, n_embd=ours.n_embd, n_positions=ours.block_size,
         vocab_size=ours.vocab_size or 0, eos_token_id=None, bos_token_id=None,
-        activation_function={"tanh": "gelu_new", "erf": "gelu"}[ours.gelu],
+        activation_function={"gelu_tanh": "gelu_new", "gelu_erf": "gelu"}[ours.activation],
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).eval()
     model.to(torch.device(device_of(job.runtime)))

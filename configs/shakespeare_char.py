@@ -8,7 +8,13 @@ from gptjax.runtime_config import RuntimeConfig
 
 config = TrainConfig(
     model=ModelConfig(
-        n_layer=6, n_head=6, n_embd=384, block_size=256, bias=False, gelu="erf", dropout=0.2
+        n_layer=6,
+        n_head=6,
+        n_embd=384,
+        block_size=256,
+        bias=False,
+        activation="gelu_erf",
+        dropout=0.2,
     ),
     data=DataConfig(source="shakespeare", tokenizer="char"),
     optimizer=OptimizerConfig(learning_rate=1e-3, min_lr=1e-4, warmup_steps=100, beta2=0.99),

@@ -14,7 +14,7 @@ config = TrainConfig(
         n_embd=128,
         block_size=64,
         bias=False,
-        gelu="erf",
+        activation="gelu_erf",
         dropout=0.0,
         tied_head=False,
     ),

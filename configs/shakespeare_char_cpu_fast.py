@@ -16,7 +16,7 @@ config = TrainConfig(
         n_embd=64,
         block_size=64,
         bias=False,
-        gelu="erf",
+        activation="gelu_erf",
         dropout=0.0,
         tied_head=False,
     ),

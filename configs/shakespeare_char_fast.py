@@ -13,7 +13,7 @@ config = TrainConfig(
         n_embd=128,
         block_size=256,
         bias=False,
-        gelu="erf",
+        activation="gelu_erf",
         dropout=0.1,
         tied_head=False,
     ),

@@ -17,6 +17,8 @@ TokenizerKind = Literal["char", "gpt2", "sentencepiece"]
 
 OptimizerKind = Literal["adamw", "muon"]
 
+Activation = Literal["gelu_tanh", "gelu_erf", "relu", "silu"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
@@ -43,8 +45,16 @@ class ModelConfig(Config):
     """Biases in linear layers and LayerNorms."""
     qkv_bias: bool | None = None
     """Bias of the query/key/value projection. None: as `bias`."""
-    gelu: Literal["tanh", "erf"] = "tanh"
-    """GELU form: tanh is GPT-2's and Hugging Face's, erf is nanoGPT's."""
+    activation: Activation = "gelu_tanh"
+    """Of the MLP: GELU by tanh is GPT-2's and Hugging Face's, by erf nanoGPT's."""
+    n_inner: int | None = None
+    """Width of the MLP's hidden layer. None: 4 n_embd."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance that a LayerNorm divides by."""
+    scale_attn_weights: bool = True
+    """Divide attention's scores by the root of the head size."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Divide them by the layer's number too, from 1 (Hugging Face's name)."""
     position: Literal["learned", "sinusoidal"] = "learned"
     """Position embedding: a learned table, or the fixed sinusoids of "Attention is all you need"
     (section 3.5)."""
@@ -73,6 +83,19 @@ class ModelConfig(Config):
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
+    def inner_size(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def query_scales(self) -> tuple[float, ...]:
+        """Per layer, what queries are multiplied by before attention, which divides the scores by
+        the root of the head size."""
+        scale = 1.0 if self.scale_attn_weights else self.head_size**0.5
+        by_layer = self.scale_attn_by_inverse_layer_idx
+        return tuple(scale / (i + 1) if by_layer else scale for i in range(self.n_layer))
+
+    @property
     def windows(self) -> tuple[int, ...]:
         """Per layer, how many tokens attention sees, the current one included."""
         reach = {"dense": self.block_size, "banded": min(self.attention_window, self.block_size)}
@@ -84,7 +107,7 @@ class ModelConfig(Config):
         c, bias = self.n_embd, int(self.bias)
         norm = c * (1 + bias)
         attention = 4 * c * c + 3 * c * int(self.use_qkv_bias) + c * bias
-        mlp = 8 * c * c + 5 * c * bias
+        mlp = 2 * c * self.inner_size + (self.inner_size + c) * bias
         total = self.n_layer * (2 * norm + attention + mlp) + (norm if self.n_layer else 0)
         if embeddings:
             total += self.padded_vocab_size * c * (1 if self.tied_head else 2)
@@ -100,7 +123,7 @@ class ModelConfig(Config):
     def problems(self) -> list[str]:
         out = self._check_ints(0, "n_layer")
         out += self._check_ints(1, "n_head", "n_embd", "block_size", "attention_window")
-        out += self._check_ints(1, "vocab_size", "vocab_multiple")
+        out += self._check_ints(1, "vocab_size", "vocab_multiple", "n_inner")
         if self.n_layer > MAX_LAYERS:  # each takes memory, even where only shapes are made
             out.append(f"model.n_layer {self.n_layer} must be at most {MAX_LAYERS}")
         if self.n_head > 0 and self.n_embd > 0 and self.n_embd % self.n_head:
@@ -112,6 +135,8 @@ class ModelConfig(Config):
             )
         if not 0 <= self.dropout < 1:
             out.append(f"model.dropout {self.dropout} is outside [0, 1)")
+        if not 0 < self.layer_norm_epsilon < 1:
+            out.append(f"model.layer_norm_epsilon {self.layer_norm_epsilon} is outside (0, 1)")
         if not self.attention_pattern:
             out.append("model.attention_pattern is empty; expected dense and/or banded")
         if self.position == "sinusoidal" and self.n_embd % 2:

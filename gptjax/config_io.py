@@ -69,7 +69,8 @@ def run_settings(saved: Any, where: str) -> tuple[TrainConfig, RuntimeConfig]:
         saved = {"experiment": experiment, "runtime": runtime}
     if not isinstance(saved, dict) or saved.keys() != parts:
         raise UserError(f"{where} is {quoted(saved)}; expected an object of experiment and runtime")
-    both = [(TrainConfig, saved["experiment"]), (RuntimeConfig, saved["runtime"])]
+    experiment = first_edition.with_activation(saved["experiment"])
+    both = [(TrainConfig, experiment), (RuntimeConfig, saved["runtime"])]
     config, runtime_config = _from_dicts(both, where)
     return config, runtime_config
 
@@ -200,7 +201,7 @@ def _from_nanogpt(found: Mapping[str, Any]) -> str:
     """The command that has the settings of a nanoGPT config file."""
     kinds = setting_types(TrainConfig) | setting_types(RuntimeConfig)
     values = other_names.from_nanogpt(other_names.NANOGPT_TRAINS | dict(found), kinds)
-    values |= {"run_dir": found.get("out_dir", "out"), "model.gelu": "erf"}
+    values |= {"run_dir": found.get("out_dir", "out"), "model.activation": "gelu_erf"}
     values["device"] = {"cpu": "cpu", "cuda": "gpu"}.get(str(found.get("device", ""))[:4], "auto")
     dataset = str(found.get("dataset", "openwebtext"))
     if "shakespeare" in dataset:

@@ -25,9 +25,12 @@ def _names(*classes: type) -> list[str]:
     return [field.name for cls in classes for field in dataclasses.fields(cls)]
 
 
+ACTIVATIONS = {"tanh": "gelu_tanh", "erf": "gelu_erf"}
+"""{what `model.gelu` was: what `model.activation` is now}."""
+
 RENAMED = {f"model.{name}": f"compute.{name}" for name in _names(ComputeConfig)} | {
-    "parallel.strategy": "strategy"
-}
+    "parallel.strategy": "strategy", "gelu": "model.activation", "model.gelu": "model.activation",
+}  # fmt: skip
 """{old: new}. (The optimizer's flags are understood without `optimizer.` as before.)"""
 
 
@@ -62,6 +65,17 @@ def split_settings(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return experiment, runtime
 
 
+def with_activation(experiment: Any) -> Any:
+    """An experiment's settings, unchecked, with `model.activation` for what was `model.gelu`."""
+    model = experiment.get("model") if isinstance(experiment, dict) else None
+    if not isinstance(model, dict) or "gelu" not in model:
+        return experiment
+    form = model["gelu"]
+    rest = {name: value for name, value in model.items() if name != "gelu"}
+    activation = ACTIVATIONS.get(form, form) if isinstance(form, str) else form
+    return experiment | {"model": {"activation": activation} | rest}
+
+
 def run_config_file(path: Path) -> dict[str, Any]:
     """The names that a config file sets. It is run with classes in place of `gptjax.config`'s that
     take the settings of both editions and check none; what is left out is UNSET.
@@ -78,7 +92,7 @@ def run_config_file(path: Path) -> dict[str, Any]:
         fields = [(each, Any, UNSET) for each in names]
         return dataclasses.make_dataclass(name, fields, namespace={"replace": replace})
 
-    model = recorder("ModelConfig", ModelConfig, ComputeConfig)
+    model = recorder("ModelConfig", ModelConfig, ComputeConfig, gelu=UNSET)
     train = recorder("TrainConfig", TrainConfig, OptimizerConfig, RuntimeConfig, parallel=UNSET)
     stand_in = types.ModuleType("gptjax.config")
     vars(stand_in).update(vars(config))

@@ -1,22 +1,21 @@
-"""The pieces that the network is built from: linear layers, LayerNorm, GELU, dropout, positions.
+"""The pieces that the network is built from: linear layers, LayerNorm, activations, dropout,
+positions.
 
 Letters in shape comments: B sequences, T tokens of each, N = B T, C n_embd.
 """
 
 import math
-from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.config import ModelConfig
+from gptjax.config import Activation, ModelConfig
 from gptjax.hashed_random import dropout_keys, dropout_mask
 from gptjax.runtime_config import ComputeConfig
 
 INIT_STD = 0.02
-LAYER_NORM_EPSILON = 1e-5  # GPT-2's and torch's; linen's default is 1e-6
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -32,11 +31,17 @@ def sinusoids(block_size: int, n_embd: int) -> np.ndarray:
     return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(block_size, n_embd).astype("f4")
 
 
-def gelu(x: jax.Array, form: Literal["tanh", "erf"]) -> jax.Array:
-    """x times the normal distribution function (Hendrycks & Gimpel, arXiv:1606.08415), or GPT-2's
-    approximation of it by tanh; computed in float32, as PyTorch does."""
-    if form == "tanh":
+def activate(x: jax.Array, name: Activation) -> jax.Array:
+    """GELU is x times the normal distribution function (Hendrycks & Gimpel, arXiv:1606.08415), or
+    GPT-2's approximation of it by tanh; computed in float32, as PyTorch does. SiLU is x times the
+    logistic function."""
+    if name == "relu":
+        return jax.nn.relu(x)
+    if name == "silu":
+        return jax.nn.silu(x)
+    if name == "gelu_tanh":
         return jax.nn.gelu(x, approximate=True)
+    assert name == "gelu_erf", name
     # By erf: jax.nn.gelu takes erfc, which on a CPU costs more than the layer's matmul.
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
@@ -88,7 +93,7 @@ class Part(nn.Module):
 
     def layer_norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(
-            epsilon=LAYER_NORM_EPSILON,
+            epsilon=self.config.layer_norm_epsilon,
             use_bias=self.config.bias,
             # Two passes: E[x^2] - E[x]^2 loses digits where the mean is large.
             use_fast_variance=False,

@@ -21,7 +21,7 @@ from gptjax import flash_attention, head, remat, sharding
 from gptjax.attention import attend, attend_in_blocks
 from gptjax.cache import Cache, LayerCache, append
 from gptjax.config import ModelConfig
-from gptjax.layers import INIT_STD, Dropout, Part, compute_dtype, gelu, sinusoids
+from gptjax.layers import INIT_STD, Dropout, Part, activate, compute_dtype, sinusoids
 from gptjax.runtime_config import ComputeConfig
 
 Params = Any
@@ -39,30 +39,41 @@ class Call(NamedTuple):
     """int32 []: the one token of the T whose output is wanted; None: all."""
 
 
+class PerLayer(NamedTuple):
+    """What differs from block to block besides parameters."""
+
+    window: jax.Array
+    """int32 []: how many tokens back attention looks, the current one included."""
+    query_scale: jax.Array
+    """float32 []: see `ModelConfig.query_scales`."""
+
+
 class CausalSelfAttention(Part):
     """Masked multi-head attention ("Attention is all you need", section 3.2)."""
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, call: Call, cache: LayerCache, window: jax.Array
+        self, x: jax.Array, call: Call, cache: LayerCache, own: PerLayer
     ) -> tuple[jax.Array, LayerCache]:
-        """x [N, C] -> ([N, C], or [B, C] with `call.only`; this layer's cache with the T tokens).
-        `window` []: how many tokens back this layer looks, the current one included."""
+        """x [N, C] -> ([N, C], or [B, C] with `call.only`; this layer's cache with the T
+        tokens)."""
         config, b = self.config, call.rows.size
         qkv = self.dense("c_attn", 3 * config.n_embd, use_bias=config.use_qkv_bias)(x)
         q, k, v = (
             part.reshape(b, -1, config.n_head, config.head_size).transpose(0, 2, 1, 3)
             for part in jnp.split(checkpoint_name(qkv, "qkv"), 3, axis=-1)
         )  # [B, H, T, D] each
+        if {*config.query_scales} != {1.0}:
+            q = (q * own.query_scale).astype(q.dtype)
         kernel = self.compute.attention
-        reach = window if "banded" in config.attention_pattern else None
+        reach = own.window if "banded" in config.attention_pattern else None
         if kernel in ("blocks", "cudnn", "splash") and cache is None and call.only is None:
             keys = Dropout(config.dropout, self.train).keys(call.rows)
             if kernel == "blocks":
                 y = attend_in_blocks(q, k, v, reach, keys, config.dropout)
             else:
                 y = flash_attention.attend(
-                    kernel, q, k, v, window, config.windows, keys, config.dropout
+                    kernel, q, k, v, own.window, config.windows, keys, config.dropout
                 )
         else:
             k, v, cache = append(cache, k, v, call.start)
@@ -76,14 +87,14 @@ class CausalSelfAttention(Part):
 
 
 class MLP(Part):
-    """Two linear layers, 4 C wide between them, with GELU."""
+    """Two linear layers with an activation between them, where a token is usually 4 C wide."""
 
     @nn.compact
     def __call__(self, x: jax.Array, call: Call) -> jax.Array:
         """x [N, C] -> [N, C]."""
         config = self.config
-        x = self.dense("c_fc", 4 * config.n_embd, use_bias=config.bias)(x)
-        x = gelu(checkpoint_name(x, "hidden"), config.gelu)
+        x = self.dense("c_fc", config.inner_size, use_bias=config.bias)(x)
+        x = activate(checkpoint_name(x, "hidden"), config.activation)
         x = self.dense("c_proj", config.n_embd, use_bias=config.bias, residual=True)(x)
         return self.dropout(x, call.rows)
 
@@ -93,12 +104,12 @@ class Block(Part):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, call: Call, cache: LayerCache, window: jax.Array
+        self, x: jax.Array, call: Call, cache: LayerCache, own: PerLayer
     ) -> tuple[jax.Array, LayerCache]:
         """As `CausalSelfAttention`."""
         parts = (self.config, self.compute, self.train)
         attention = CausalSelfAttention(*parts, name="attn")
-        y, cache = attention(self.layer_norm("ln_1")(x), call, cache, window)
+        y, cache = attention(self.layer_norm("ln_1")(x), call, cache, own)
         if call.only is not None:
             x = x.reshape(call.rows.size, -1, self.config.n_embd)
             x = jax.lax.dynamic_index_in_dim(x, call.only, axis=1, keepdims=False)
@@ -160,14 +171,15 @@ class GPT(Part):
         blocks are apart: the last one then computes that position only)."""
         config, parts = self.config, (self.config, self.compute, self.train)
         layers: Any = None if cache is None else (cache.keys, cache.values)
-        windows = jnp.array(config.windows)
+        own = PerLayer(jnp.array(config.windows), jnp.array(config.query_scales))
         if not self.stacked:
             filled = []
             for i in range(config.n_layer):
                 if i == config.n_layer - 1:
                     call = call._replace(only=logits_at)
                 layer = None if layers is None else (layers[0][i], layers[1][i])
-                x, layer = Block(*parts, name=f"h_{i}")(x, call, layer, windows[i])
+                this = PerLayer(own.window[i], own.query_scale[i])
+                x, layer = Block(*parts, name=f"h_{i}")(x, call, layer, this)
                 filled.append(layer)
             layers = None if layers is None else tuple(zip(*filled, strict=True))
         else:
@@ -189,7 +201,7 @@ class GPT(Part):
                 length=config.n_layer,
                 unroll=compute.scan_unroll,
             )
-            x, layers = scan(*parts, name="h")(x, call, layers, windows)
+            x, layers = scan(*parts, name="h")(x, call, layers, own)
         if cache is not None:
             cache = cache._replace(keys=layers[0], values=layers[1])
         return x, cache

@@ -181,7 +181,7 @@ class Run:
         Named as the parameters that make it: "embedding" [T, C], the sum of token and position; in
         each layer i "h.i.ln_1", "h.i.attn.c_attn" [T, 3 C] (query, key and value of all heads, side
         by side), "h.i.attn.weights" [H, T, T], "h.i.attn.joined" [T, C] (the heads' outputs),
-        "h.i.attn.c_proj", "h.i.ln_2", "h.i.mlp.c_fc" [T, 4 C], "h.i.mlp.hidden" (after GELU),
+        "h.i.attn.c_proj", "h.i.ln_2", "h.i.mlp.c_fc" [T, n_inner], "h.i.mlp.hidden" (activated),
         "h.i.mlp.c_proj", and "h.i", the residual stream after the layer; "ln_f"; "logits" [T, V].
         For ids [B, T] each has a leading axis B.
         """

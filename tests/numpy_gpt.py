@@ -24,17 +24,20 @@ def activations(config: ModelConfig, params, tokens) -> dict[str, np.ndarray]:
     for layer in range(config.n_layer):
         block = {n[2:]: v[layer] for n, v in leaf.items() if n.startswith("h/")}
         banded = config.attention_pattern[layer % len(config.attention_pattern)] == "banded"
-        own = {"ln_1": _norm(x, block, "ln_1")}
-        own |= _attention(config, block, own["ln_1"], config.attention_window if banded else length)
+        own = {"ln_1": _norm(config, x, block, "ln_1")}
+        reach = config.attention_window if banded else length
+        divisor = math.sqrt(config.n_embd / config.n_head) if config.scale_attn_weights else 1
+        divisor *= layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
+        own |= _attention(config, block, own["ln_1"], reach, divisor)
         middle = x + own["attn.c_proj"]
-        own["ln_2"] = _norm(middle, block, "ln_2")
+        own["ln_2"] = _norm(config, middle, block, "ln_2")
         own["mlp.c_fc"] = _linear(own["ln_2"], block, "mlp/c_fc")
-        own["mlp.hidden"] = _gelu(own["mlp.c_fc"], config.gelu)
+        own["mlp.hidden"] = _activation(own["mlp.c_fc"], config.activation)
         own["mlp.c_proj"] = _linear(own["mlp.hidden"], block, "mlp/c_proj")
         x = seen[f"h.{layer}"] = middle + own["mlp.c_proj"]
         seen |= {f"h.{layer}.{name}": array for name, array in own.items()}
     if config.n_layer:
-        x = seen["ln_f"] = _norm(x, leaf, "ln_f")
+        x = seen["ln_f"] = _norm(config, x, leaf, "ln_f")
     head = wte if config.tied_head else leaf["lm_head"]
     return seen | {"logits": (x @ head.T)[:, : config.vocab_size]}
 
@@ -78,9 +81,10 @@ def _positions(config, leaf):
     return table
 
 
-def _norm(x, leaf, name):
+def _norm(config, x, leaf, name):
     centred = x - x.mean(axis=-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5)
+    variance = (centred**2).mean(axis=-1, keepdims=True)
+    scaled = centred / np.sqrt(variance + config.layer_norm_epsilon)
     return scaled * leaf[f"{name}/scale"] + leaf.get(f"{name}/bias", 0)
 
 
@@ -88,13 +92,17 @@ def _linear(x, leaf, name):
     return x @ leaf[f"{name}/kernel"] + leaf.get(f"{name}/bias", 0)
 
 
-def _gelu(x, form):
-    if form == "erf":
+def _activation(x, name):
+    if name == "relu":
+        return np.maximum(x, 0)
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    if name == "gelu_erf":
         return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
     return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-def _attention(config, block, x, reach):
+def _attention(config, block, x, reach, divisor):
     length, size = len(x), config.n_embd // config.n_head
     heads, weights = [], np.zeros((config.n_head, length, length))
     qkv = _linear(x, block, "attn/c_attn")
@@ -103,7 +111,7 @@ def _attention(config, block, x, reach):
         part = slice(head * size, (head + 1) * size)
         for t in range(length):
             seen = slice(max(0, t - reach + 1), t + 1)
-            scores = np.exp(k[seen, part] @ q[t, part] / math.sqrt(size))
+            scores = np.exp(k[seen, part] @ q[t, part] / divisor)
             weights[head, t, seen] = scores / scores.sum()
         heads.append(weights[head] @ v[:, part])
     joined = np.concatenate(heads, axis=-1)

@@ -16,7 +16,15 @@ VARIANTS = {
     "no bias": dataclasses.replace(SMALL, bias=False),
     "no qkv bias": dataclasses.replace(SMALL, qkv_bias=False),
     "only qkv bias": dataclasses.replace(SMALL, bias=False, qkv_bias=True),
-    "erf": dataclasses.replace(SMALL, gelu="erf"),
+    "erf": dataclasses.replace(SMALL, activation="gelu_erf"),
+    "every setting": dataclasses.replace(
+        SMALL,
+        activation="relu",
+        n_inner=24,
+        layer_norm_epsilon=0.02,
+        scale_attn_weights=False,
+        scale_attn_by_inverse_layer_idx=True,
+    ),
     "padded": dataclasses.replace(SMALL, vocab_multiple=16, tied_head=False, bias=False),
 }
 """All that Hugging Face's GPT-2 can express."""

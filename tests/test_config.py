@@ -74,7 +74,10 @@ def test_presets_have_the_published_sizes(name, millions):
             lambda: OptimizerConfig(warmup_steps=1e1),
             "warmup_steps is 10.0; expected a whole number",
         ),
-        (lambda: ModelConfig(gelu="relu"), "model.gelu is 'relu'; expected 'tanh' or 'erf'"),
+        (
+            lambda: ModelConfig(activation="erf"),
+            "model.activation is 'erf'; expected 'gelu_tanh' or",
+        ),
         (lambda: ModelConfig(n_layer="3"), "model.n_layer is '3'; expected a whole number"),
         (lambda: ModelConfig(bias=1), "model.bias is 1; expected True or False"),
         (lambda: TrainConfig(model={"n_layer": 2}), "model is {'n_layer': 2}"),

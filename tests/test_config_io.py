@@ -113,7 +113,7 @@ def test_a_nanogpt_config_is_answered_with_the_command(tmp_path):
     expected = {"run-dir": "out-a", "data.source": "shakespeare", "data.tokenizer": "char",
                 "batch-size": "128", "model.n-layer": "6", "max-steps": "5000",
                 "eval-batches": "10", "model.n-head": "12", "optimizer.learning-rate": "0.0006",
-                "model.gelu": "erf", "model.bias": "False"}  # fmt: skip
+                "model.activation": "gelu_erf", "model.bias": "False"}  # fmt: skip
     assert expected.items() <= flags_of.items() and "compile" not in flags_of
 
 

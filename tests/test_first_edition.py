@@ -11,7 +11,7 @@ from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 SAVED = {
     "model": {
         "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 44,
-        "vocab_multiple": 1, "dropout": 0.1, "bias": False, "qkv_bias": None, "gelu": "tanh",
+        "vocab_multiple": 1, "dropout": 0.1, "bias": False, "qkv_bias": None, "gelu": "erf",
         "position": "learned", "tied_head": True, "attention_pattern": ["dense"],
         "attention_window": 256, "attention": "xla", "dtype": "auto", "remat": True,
         "scan_unroll": 3,
@@ -37,7 +37,9 @@ SAVED = {
 def test_saved_settings_find_their_new_places():
     assert config_io.run_settings(SAVED, "config.json") == (
         TrainConfig(
-            ModelConfig(2, 2, 16, 16, vocab_size=44, dropout=0.1, bias=False),
+            ModelConfig(
+                2, 2, 16, 16, vocab_size=44, dropout=0.1, bias=False, activation="gelu_erf"
+            ),
             DataConfig("text.txt", dir="/data/text-char-ccd7bd92"),
             OptimizerConfig(learning_rate=0.002, min_lr=0.0002, beta2=0.95),
             init_from="/runs/gpt2", seed=1, batch_size=8, max_steps=40,
@@ -66,11 +68,12 @@ def test_config_files_are_read_with_a_notice(tmp_path, capsys):
         tmp_path,
         "from gptjax.config import ParallelConfig\n"
         "config = TrainConfig(\n"
-        "    model=dataclasses.replace(PRESETS['gpt2-xl'], vocab_multiple=128, remat=True),\n"
+        "    model=dataclasses.replace(\n"
+        "        PRESETS['gpt2-xl'], vocab_multiple=128, remat=True, gelu='erf'),\n"
         "    data=DataConfig('text'), parallel=ParallelConfig(strategy='fsdp'), batch_size=512,\n"
         "    gradient_accumulation_steps=8, learning_rate=2e-4, min_lr=2e-5, eval_batches=200)\n",
     )
-    model = PRESETS["gpt2-xl"].replace({"vocab_multiple": 128})
+    model = PRESETS["gpt2-xl"].replace({"vocab_multiple": 128, "activation": "gelu_erf"})
     rates = OptimizerConfig(learning_rate=2e-4, min_lr=2e-5)
     assert config == TrainConfig(model, DataConfig("text"), rates, batch_size=512)
     assert runtime == RuntimeConfig(
@@ -109,6 +112,6 @@ def test_mistakes_in_config_files_are_named(tmp_path, capsys, line, words):
 
 
 def test_renamed_flags_are_settings_that_exist():
-    names = config_io.setting_types(RuntimeConfig)
+    names = config_io.setting_types(RuntimeConfig) | config_io.setting_types(TrainConfig)
     assert set(first_edition.RENAMED.values()) <= names.keys()
     assert first_edition.RENAMED["model.remat"] == "compute.remat"

@@ -21,24 +21,30 @@ def by_erf(x):
     return x * (1 + math.erf(x / math.sqrt(2))) / 2
 
 
+def by_exp(x):
+    return x / (1 + math.exp(-x))
+
+
 def by_tanh(x):
     return x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-@pytest.mark.parametrize(("form", "formula"), [("erf", by_erf), ("tanh", by_tanh)])
-def test_gelu_and_its_slope_are_the_papers(form, formula):
-    value, slope = jax.vmap(jax.value_and_grad(lambda x: layers.gelu(x, form)))(X)
+@pytest.mark.parametrize(
+    ("name", "formula"), [("gelu_erf", by_erf), ("gelu_tanh", by_tanh), ("silu", by_exp)]
+)
+def test_activations_and_their_slopes_are_the_papers(name, formula):
+    value, slope = jax.vmap(jax.value_and_grad(lambda x: layers.activate(x, name)))(X)
     np.testing.assert_allclose(value, [formula(x) for x in X.tolist()], rtol=1e-5, atol=5e-6)
     step = 1e-4
     expected = [(formula(x + step) - formula(x - step)) / (2 * step) for x in X.tolist()]
     np.testing.assert_allclose(slope, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(("form", "error"), [("erf", 2**-8), ("tanh", 2**-6)])
+@pytest.mark.parametrize(("form", "error"), [("gelu_erf", 2**-8), ("gelu_tanh", 2**-6)])
 def test_gelu_of_bfloat16_is_bfloat16_and_close(form, error):
     x = jnp.asarray(X, "bfloat16")
-    ours = layers.gelu(x, form)
-    exact = np.asarray(layers.gelu(x.astype("float32"), form))
+    ours = layers.activate(x, form)
+    exact = np.asarray(layers.activate(x.astype("float32"), form))
     assert ours.dtype == "bfloat16"
     np.testing.assert_allclose(ours.astype("f4"), exact, rtol=error, atol=error)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_gpt
 import pytest
-from small_models import ALL_VARIANTS, SMALL, assert_close, random_params
+from small_models import ALL_VARIANTS, SMALL, VARIANTS, assert_close, random_params
 
 from gptjax import model
 from gptjax.cache import init_cache
@@ -97,12 +97,17 @@ def test_initial_weights_have_gpt2s_spread():
 
 MIXED = {
     "gpt2": dataclasses.replace(SMALL, dropout=0.5),  # which must not act in evaluation
-    "nanogpt": dataclasses.replace(SMALL, bias=False, gelu="erf", vocab_multiple=16),
+    "nanogpt": dataclasses.replace(SMALL, bias=False, activation="gelu_erf", vocab_multiple=16),
+    "every setting": dataclasses.replace(
+        VARIANTS["every setting"], activation="silu", scale_attn_weights=True
+    ),
     "no qkv bias": dataclasses.replace(SMALL, qkv_bias=False, tied_head=False),
     "only qkv bias": dataclasses.replace(
         SMALL, bias=False, qkv_bias=True, vocab_multiple=16, tied_head=False
     ),
-    "banded": dataclasses.replace(ALL_VARIANTS["banded"], position="sinusoidal"),
+    "banded": dataclasses.replace(
+        ALL_VARIANTS["banded"], position="sinusoidal", scale_attn_by_inverse_layer_idx=True
+    ),
     "no layers": ALL_VARIANTS["no layers"],
 }
 """All settings in few programs: compiling is what takes time."""

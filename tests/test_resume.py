@@ -61,7 +61,7 @@ def test_a_resumed_run_of_muon_equals_the_uninterrupted_one(tiny, train_tiny, tm
     """Its state has other arrays. Also where devices share them out, and in an export."""
     rates = dataclasses.replace(tiny.config.optimizer, kind="muon")
     config = dataclasses.replace(tiny.config, optimizer=rates, max_steps=6)
-    config = config.replace({"model.gelu": "erf"})  # nanoGPT's
+    config = config.replace({"model.activation": "gelu_erf"})  # nanoGPT's
     for name, recorder in (("whole", None), ("stopped", Recorder(stop_after=2))):
         train_tiny(config, tmp_path / name, recorder, strategy="fsdp")
     shutil.copytree(tmp_path / "stopped", tmp_path / "elsewhere")

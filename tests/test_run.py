@@ -94,7 +94,12 @@ def test_attention_weights_are_numpys(run, pattern):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"bias": False, "tied_head": False}, {"position": "sinusoidal", "gelu": "tanh"}]
+    "change",
+    [
+        {},
+        {"bias": False, "tied_head": False},
+        {"position": "sinusoidal", "activation": "gelu_tanh"},
+    ],
 )
 def test_activations_are_numpys(change):
     config = ModelConfig(3, 2, 16, 16, 44).replace(change)

@@ -18,8 +18,8 @@ from gptjax.parity import torch_gpt  # noqa: E402
 from gptjax.parity.reference import Reference  # noqa: E402
 
 MIXED = dataclasses.replace(
-    SMALL, attention_pattern=("dense", "banded"), attention_window=5, gelu="erf", tied_head=False,
-    qkv_bias=False, vocab_multiple=16,
+    SMALL, attention_pattern=("dense", "banded"), attention_window=5, activation="gelu_erf",
+    tied_head=False, qkv_bias=False, vocab_multiple=16,
 )  # fmt: skip
 CONFIG = TrainConfig(
     SMALL, optimizer=OptimizerConfig(1e-2, min_lr=1e-3, warmup_steps=3, grad_clip=0.2),

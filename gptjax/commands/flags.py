@@ -79,6 +79,7 @@ def read(
             continue
         flag, equals, value = argument.partition("=")
         name = flag[2:].replace("-", "_")
+        old = name
         if renamed and name in renamed:
             name = renamed[name]
             first_edition.notice(f"{flag} is called --{name.replace('_', '-')} now")
@@ -88,6 +89,8 @@ def read(
         if name not in kinds and last_parts.count(name) == 1:
             name = list(kinds)[last_parts.index(name)]
         values = [value] if equals else _following(kinds.get(name), rest)
+        if old.endswith("gelu") and name == "model.activation":
+            values = [first_edition.ACTIVATIONS.get(form, form) for form in values]
         if name not in kinds:
             near = config_io.near_miss(name, [*kinds, *last_parts]).replace("_", "-")
             hint = other_names.hint(name, {*kinds, *last_parts})

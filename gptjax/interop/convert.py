@@ -145,7 +145,7 @@ def import_model(
     return "\n".join([
         *(f"note: {note}" for note in weights.notes),
         f"imported {model.num_parameters():,} parameters ({model.n_layer} layers, {model.n_head}"
-        f" heads, {model.n_embd} wide, block {model.block_size}, GELU's {model.gelu} form,"
+        f" heads, {model.n_embd} wide, block {model.block_size}, {model.activation},"
         f" {found.kind} tokenizer{padding}{state}) from {source}",
         f"sample: {program.command('generate', '--run-dir', run_dir)}",
     ])  # fmt: skip

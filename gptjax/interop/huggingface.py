@@ -10,7 +10,7 @@ import huggingface_hub
 import numpy as np
 import safetensors.numpy
 
-from gptjax.config import FINETUNE, ModelConfig
+from gptjax.config import FINETUNE, Activation, ModelConfig
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import RunError, UserError, quoted
 from gptjax.interop import hf_tokenizer, parameter_names
@@ -26,6 +26,17 @@ SIZES = {
     "n_positions": "block_size", "vocab_size": "vocab_size",
 }  # fmt: skip
 """Their settings -> ours."""
+
+SAME = (
+    "n_inner", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+)  # fmt: skip
+"""Settings that have one name and one default here and there."""
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu", "silu": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "swish": "silu",
+}  # fmt: skip
+"""Their names, the default first -> ours."""
 
 
 def read(folder: Path) -> Weights:
@@ -49,15 +60,10 @@ def read(folder: Path) -> Weights:
 def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     """(`ModelConfig`'s fields, notes). Raises UserError unless the formula is that of
     `transformers.GPT2LMHeadModel` where it is ours too."""
-    width = settings.get("n_embd")
     allowed: dict[str, tuple[Any, ...]] = {  # the first is the default
         "model_type": ("gpt2",),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
-        "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * width if isinstance(width, int) else 0),
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        "activation_function": (*ACTIVATIONS,),
     }
     wrong = [
         f"{name} {quoted(found)} (expected {' or '.join(map(quoted, values))})"
@@ -70,7 +76,8 @@ def _model_fields(settings: dict[str, Any], where: str) -> tuple[dict[str, Any],
     if wrong:
         raise UserError(f"{where} is not of a GPT-2 that gptjax can compute: {', '.join(wrong)}")
     fields = {ours: settings[name] for name, ours in SIZES.items()} | {
-        "gelu": "erf" if settings.get("activation_function") == "gelu" else "tanh",
+        **{name: settings[name] for name in SAME if name in settings},
+        "activation": ACTIVATIONS[settings.get("activation_function", "gelu_new")],
         "tied_head": settings.get("tie_word_embeddings", True),
         "dropout": rates[0],
     }
@@ -106,8 +113,8 @@ def convert(
         "model_type": "gpt2",
         **{name: getattr(config, ours) for name, ours in SIZES.items()},
         "vocab_size": len(tensors[EMBEDDING]),
-        "activation_function": {"tanh": "gelu_new", "erf": "gelu"}[config.gelu],
-        "layer_norm_epsilon": 1e-5,
+        "activation_function": next(n for n, o in ACTIVATIONS.items() if o == config.activation),
+        **{name: getattr(config, name) for name in SAME},
         "tie_word_embeddings": config.tied_head,
         "dtype": "float32",
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),

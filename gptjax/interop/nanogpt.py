@@ -35,7 +35,7 @@ def read(path: Path, *, optimizer: bool = True, gelu: Gelu = "erf") -> Weights:
     # Of the very type: a file may overwrite the methods of an OrderedDict.
     if type(saved) is not dict or type(saved.get("model_args")) is not dict:
         raise UserError(f"{path} is not nanoGPT's: expected `model` and `model_args` in it")
-    fields = {"bias": True, "gelu": gelu, "tied_head": True} | saved["model_args"]
+    fields = {"bias": True, "activation": f"gelu_{gelu}"} | saved["model_args"]
     model = model_config(fields, f"{where}, model_args")
     settings, notes = saved.get("config"), list[str]()
     config, runtime = FINETUNE.replace(model=model), RuntimeConfig()
@@ -100,7 +100,10 @@ def obstacles(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     """What of this model the format cannot say; empty if it can be exported exactly."""
     own = not isinstance(tokenizer, Gpt2Tokenizer) or tokenizer.is_gpt2s_own
     differs = {
-        "GELU's tanh form": config.gelu != "erf",
+        f"the activation {config.activation}": config.activation != "gelu_erf",
+        f"n_inner {config.n_inner}": config.inner_size != 4 * config.n_embd,
+        f"layer_norm_epsilon {config.layer_norm_epsilon}": config.layer_norm_epsilon != 1e-5,
+        "attention's scores scaled in another way": {*config.query_scales} - {1.0},
         "an untied head": not config.tied_head,
         f"qkv_bias {config.qkv_bias} beside bias {config.bias}": config.use_qkv_bias != config.bias,
         "a sentencepiece tokenizer": tokenizer.kind == "sentencepiece",

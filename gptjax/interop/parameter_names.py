@@ -66,8 +66,8 @@ def torch_parameters(config: ModelConfig, layout: Layout) -> dict[str, Parameter
         add(f"h.{i}.attn.c_attn", c, 3 * c, bias=config.use_qkv_bias, layer=i)
         add(f"h.{i}.attn.c_proj", c, c, bias=config.bias, layer=i)
         add(f"h.{i}.ln_2", c, bias=config.bias, layer=i)
-        add(f"h.{i}.mlp.c_fc", c, 4 * c, bias=config.bias, layer=i)
-        add(f"h.{i}.mlp.c_proj", 4 * c, c, bias=config.bias, layer=i)
+        add(f"h.{i}.mlp.c_fc", c, config.inner_size, bias=config.bias, layer=i)
+        add(f"h.{i}.mlp.c_proj", config.inner_size, c, bias=config.bias, layer=i)
     if config.n_layer:
         add("ln_f", c, bias=config.bias)
     if not config.tied_head:

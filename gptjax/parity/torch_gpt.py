@@ -22,13 +22,16 @@ from gptjax.config import ModelConfig, TrainConfig
 
 class SelfAttention(nn.Module):
     """Causal multi-head attention over the last `window` tokens; `fused`: by PyTorch's own kernel,
-    where a token sees all those before it."""
+    where a token sees all those before it. `layer`: its number, from 0."""
 
-    def __init__(self, config: ModelConfig, window: int, fused: bool):
+    def __init__(self, config: ModelConfig, layer: int, fused: bool):
         super().__init__()
         self.heads = config.n_head
-        self.window = window
-        self.fused = fused and window >= config.block_size
+        self.window = config.windows[layer]
+        self.fused = fused and self.window >= config.block_size
+        self.scale = 1 / math.sqrt(config.head_size) if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.use_qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
@@ -42,9 +45,11 @@ class SelfAttention(nn.Module):
             for part in self.c_attn(x).split(width, dim=2)
         )
         if self.fused:
-            y = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            y = functional.scaled_dot_product_attention(
+                q, k, v, dropout_p=dropout, is_causal=True, scale=self.scale
+            )
         else:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(size)
+            scores = q @ k.transpose(-2, -1) * self.scale
             visible = torch.ones(time, time, device=x.device).tril().triu(1 - self.window)
             scores = scores.masked_fill(visible == 0, float("-inf"))
             y = functional.dropout(scores.softmax(dim=-1), dropout) @ v
@@ -52,24 +57,31 @@ class SelfAttention(nn.Module):
 
 
 def mlp(config: ModelConfig) -> nn.Module:
-    """Two linear layers with GELU between them: [B, T, C] -> [B, T, C]."""
+    """Two linear layers with an activation between them: [B, T, C] -> [B, T, C]."""
+    activations = {
+        "gelu_tanh": nn.GELU("tanh"), "gelu_erf": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(),
+    }  # fmt: skip
     parts: dict[str, nn.Module] = {
-        "c_fc": nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias),
-        "gelu": nn.GELU({"erf": "none", "tanh": "tanh"}[config.gelu]),
-        "c_proj": nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias),
+        "c_fc": nn.Linear(config.n_embd, config.inner_size, bias=config.bias),
+        "activation": activations[config.activation],
+        "c_proj": nn.Linear(config.inner_size, config.n_embd, bias=config.bias),
         "dropout": nn.Dropout(config.dropout),
     }
     return nn.Sequential(collections.OrderedDict(parts))
 
 
+def layer_norm(config: ModelConfig) -> nn.Module:
+    return nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
+
+
 class Block(nn.Module):
     """A pre-LayerNorm block."""
 
-    def __init__(self, config: ModelConfig, window: int, fused: bool):
+    def __init__(self, config: ModelConfig, layer: int, fused: bool):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = SelfAttention(config, window, fused)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = layer_norm(config)
+        self.attn = SelfAttention(config, layer, fused)
+        self.ln_2 = layer_norm(config)
         self.mlp = mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,8 +103,8 @@ class TorchGPT(nn.Module):
         if config.position == "learned":
             trunk.wpe = nn.Embedding(config.block_size, config.n_embd)
         trunk.drop = nn.Dropout(config.dropout)
-        trunk.h = nn.ModuleList(Block(config, window, fused) for window in config.windows)
-        trunk.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias) if config.n_layer else None
+        trunk.h = nn.ModuleList(Block(config, i, fused) for i in range(config.n_layer))
+        trunk.ln_f = layer_norm(config) if config.n_layer else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size or 0, bias=False)
         if config.tied_head:
             self.lm_head.weight = trunk.wte.weight

@@ -15,13 +15,14 @@ from gptjax.config import ModelConfig
 from gptjax.data import corpus
 from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import UserError
-from gptjax.layers import LAYER_NORM_EPSILON, sinusoids
+from gptjax.layers import sinusoids
 from gptjax.run import Run
 
 FEW = 6
 """Numbers of a vector that are shown."""
 FIRST = [*map(str, range(FEW)), ""]
 """The titles of their columns."""
+ACTIVATIONS = {"gelu_tanh": "GELU", "gelu_erf": "GELU", "relu": "ReLU", "silu": "SiLU"}
 MOST_TOKENS = 128
 """Of a prompt: a page holds the weights of all heads."""
 PIECES_FROM = 300_000
@@ -293,7 +294,8 @@ class _Walk:
     def layer_norm(self) -> Section:
         x, out = self.seen["embedding"], self.seen["h.0.ln_1"]
         mean, var = x.mean(-1), x.var(-1)
-        norm = (x - mean[:, None]) / np.sqrt(var + LAYER_NORM_EPSILON)[:, None]
+        epsilon = self.run.config.layer_norm_epsilon
+        norm = (x - mean[:, None]) / np.sqrt(var + epsilon)[:, None]
         rows = [
             [token, *map(float, (mean[i], var[i], norm[i].mean(), norm[i].var(), out[i].var()))]
             for i, token in enumerate(self.tokens[: 2 * FEW])
@@ -303,8 +305,8 @@ class _Walk:
             "LayerNorm: each token's vector is brought to one scale",
             [
                 "Before each part of a block, every token's vector is shifted to mean 0 and scaled"
-                " to variance 1 (a little less: 0.00001 is added to what it is divided by, which is"
-                " never 0 then); then each of its numbers gets a learned gain"
+                f" to variance 1 (a little less: {epsilon:f} is added to what it is divided by,"
+                " which is never 0 then); then each of its numbers gets a learned gain"
                 + (" and shift." if self.run.config.bias else "."),
             ],
             [
@@ -353,7 +355,9 @@ class _Walk:
             for part in np.split(self.seen[f"h.{layer}.attn.c_attn"], 3, axis=-1)
         )
         scores = k @ q[last]
-        scaled, shares = scores / math.sqrt(size), weights[head, last]
+        divided = config.scale_attn_weights
+        root = f"\u221a{size}" if divided else "1"
+        scaled, shares = scores / (math.sqrt(size) if divided else 1), weights[head, last]
         rows = [
             [token, float(scores[j]), float(scaled[j]), Guess("", float(shares[j]))]
             for j, token in enumerate(self.tokens)
@@ -367,7 +371,7 @@ class _Walk:
         ]
         most = int(np.argmax(shares))
         by_hand = (
-            f" For “{self.tokens[most]}”, at position {most}: {scores[most]:.3f} / \u221a{size} ="
+            f" For “{self.tokens[most]}”, at position {most}: {scores[most]:.3f} / {root} ="
             f" {scaled[most]:.3f}, and e^{scaled[most]:.3f} divided by the sum of all such powers"
             f" is {shares[most]:.3f}."
         )
@@ -377,15 +381,19 @@ class _Walk:
             [
                 "Three matrices make of each token's vector a query (what am I looking for?), a key"
                 f" (what do I offer?) and a value (what do I pass on?), {size} numbers each. The"
-                " product of a query and a key is how well they match; divided by the root of"
-                f" {size} it does not grow with the size of the head, and softmax makes shares of"
-                f" it.{near}",
+                " product of a query and a key is how well they match; "
+                + (
+                    f"divided by the root of {size} it does not grow with the size of the head, and"
+                    if divided
+                    else ""
+                )
+                + f" softmax makes shares of it.{near}",
                 f"Below, “{self.tokens[last]}”, the last token, looks back. What the head passes on"
                 f" is the sum of the values, each times its weight.{by_hand}",
             ],
             [
                 Table(["", *FIRST], vectors, "the first numbers", "signed"),
-                Table(["looks at", "query x key", f"/ \u221a{size}", "weight"], rows, digits=3),
+                Table(["looks at", "query x key", f"/ {root}", "weight"], rows, digits=3),
             ],
         )
 
@@ -449,28 +457,28 @@ class _Walk:
         )  # fmt: skip
 
     def mlp(self) -> Section:
-        config = self.run.config
+        config, activation = self.run.config, ACTIVATIONS[self.run.config.activation]
         before, hidden = self.seen["h.0.mlp.c_fc"], self.seen["h.0.mlp.hidden"]
-        out = self.seen["h.0.mlp.c_proj"]
+        out, wide = self.seen["h.0.mlp.c_proj"], config.inner_size
         last = len(self.ids) - 1
         active = [
             float((self.seen[f"h.{i}.mlp.c_fc"] > 0).mean()) for i in range(config.n_layer)
         ]  # fmt: skip
         return Section(
-            "The MLP: wider, through GELU, and back",
+            f"The MLP: wider, through {activation}, and back",
             [
                 "Attention moved information between tokens; now each token works on its own. Its"
-                f" vector is widened from {config.n_embd} to {4 * config.n_embd} numbers, passed"
-                " through GELU (which passes positive numbers and mutes negative ones), and brought"
-                f" back to {config.n_embd}. The result is added, as before.",
+                f" vector is widened from {config.n_embd} to {wide} numbers, passed through"
+                f" {activation} (which passes positive numbers and mutes negative ones), and"
+                f" brought back to {config.n_embd}. The result is added, as before.",
             ],
             [
                 Table(
                     ["", "size", *FIRST],
                     [
                         ["in", config.n_embd, *self._row("", self.seen["h.0.ln_2"][last])[1:]],
-                        ["widened", 4 * config.n_embd, *self._row("", before[last])[1:]],
-                        ["after GELU", 4 * config.n_embd, *self._row("", hidden[last])[1:]],
+                        ["widened", wide, *self._row("", before[last])[1:]],
+                        [f"after {activation}", wide, *self._row("", hidden[last])[1:]],
                         ["out", config.n_embd, *self._row("", out[last])[1:]],
                     ],
                     f"the first numbers of {self.tokens[last]} in layer 0", "signed",
@@ -549,7 +557,7 @@ class _Walk:
         for stage in stages:
             x = self.seen[stage][tail]
             x = x - x.mean(-1, keepdims=True)
-            x = x / np.sqrt(x.var(-1, keepdims=True) + LAYER_NORM_EPSILON)
+            x = x / np.sqrt(x.var(-1, keepdims=True) + config.layer_norm_epsilon)
             shares = _softmax((x * norm["scale"] + norm.get("bias", 0)) @ head.T)
             best = shares.argmax(-1)
             name = "embedding" if stage == "embedding" else f"after layer {stage[2:]}"
@@ -589,7 +597,7 @@ class _Walk:
             ["  heads", f"(1, {h}, {t}, {d})", None],
             ["  joined, mixed, added", f"(1, {t}, {c})", counts["attn.c_proj"]],
             ["  LayerNorm", f"(1, {t}, {c})", counts["ln_2"]],
-            ["  MLP, wide", f"(1, {t}, {4 * c})", counts["mlp.c_fc"]],
+            ["  MLP, wide", f"(1, {t}, {config.inner_size})", counts["mlp.c_fc"]],
             ["  MLP, back, added", f"(1, {t}, {c})", counts["mlp.c_proj"]],
             ["LayerNorm", f"(1, {t}, {c})", counts["ln_f"]],
             ["logits", f"(1, {t}, {v})", counts.get("lm_head", 0)],

@@ -118,7 +118,7 @@ def test_a_section_keeps_what_was_given_before():
 
 def test_all_mistakes_are_reported_at_once(capfd):
     argv = (
-        "c.py d.py --model.n-layr 4 --n_heads=2 --batch-size many --seed --gelu relu --zzz 3"
+        "c.py d.py --model.n-layr 4 --n_heads=2 --batch-size many --seed --activation erf --zzz 3"
         " --max-steps -5 --n-embd 130 --n-head 4 --bias maybe"
     ).split()
     with pytest.raises(UserError) as caught:
@@ -128,7 +128,8 @@ def test_all_mistakes_are_reported_at_once(capfd):
     for words in (
         "unknown flag --model.n-layr; did you mean --model.n-layer?",
         "unknown flag --n_heads; did you mean --n-head?", "--batch-size 'many': expected a whole",
-        "--seed without a value", "--gelu 'relu': expected 'tanh' or 'erf'", "unknown flag --zzz;",
+        "--seed without a value", "--activation 'erf': expected 'gelu_tanh' or 'gelu_erf' or",
+        "unknown flag --zzz;",
         "unexpected argument 'd.py'; expected [CONFIG]", "max_steps -5 must be at least 1",
         "--bias 'maybe': expected True or False",
         "n_embd 130 is not divisible by model.n_head 4", "(all flags: gptjax train --help)",

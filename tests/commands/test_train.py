@@ -187,12 +187,13 @@ def test_help_shows_the_defaults_of_the_config(gptjax):
 
 
 def test_renamed_flags_work_with_a_notice(tmp_path, capsys):
-    argv = "--model.remat --parallel.strategy fsdp --learning-rate 1e-2".split()
+    argv = "--model.remat --gelu erf --parallel.strategy fsdp --learning-rate 1e-2".split()
     config, runtime, _ = settings(tmp_path, *argv)
     assert (runtime.compute.remat, runtime.strategy) == (True, "fsdp")
-    assert config.optimizer.learning_rate == 1e-2
+    assert config.optimizer.learning_rate == 1e-2 and config.model.activation == "gelu_erf"
     assert capsys.readouterr().err.splitlines() == [
         "note: --model.remat is called --compute.remat now",
+        "note: --gelu is called --model.activation now",
         "note: --parallel.strategy is called --strategy now",
     ]
 

@@ -107,7 +107,7 @@ def test_a_sentencepiece_model_of_another_kind_is_not_exported(tmp_path, sentenc
 
 
 def test_sentencepiece_goes_to_hugging_face_and_back(tmp_path, sentence_pieces):
-    model = dataclasses.replace(TINY, vocab_size=400, gelu="erf")
+    model = dataclasses.replace(TINY, vocab_size=400, activation="gelu_erf")
     params = make(tmp_path / "out", model, sentence_pieces)
     again, tokenizer = read_pretrained(str(tmp_path / "out"))
     assert_bitwise(again.params, params)
@@ -122,13 +122,17 @@ def test_sentencepiece_goes_to_hugging_face_and_back(tmp_path, sentence_pieces):
         ({"position": "sinusoidal"}, ["hf", "nanogpt"], "sinusoidal"),
         ({"attention_pattern": ("dense", "banded")}, ["hf", "nanogpt"], "banded"),
         ({"n_layer": 0}, ["hf", "nanogpt"], "n_layer 0"),
-        ({"gelu": "tanh"}, ["nanogpt"], "GELU's tanh"),
+        ({"activation": "gelu_tanh"}, ["nanogpt"], "the activation gelu_tanh"),
+        ({"n_inner": 8}, ["nanogpt"], "n_inner 8"),
+        ({"layer_norm_epsilon": 1e-6}, ["nanogpt"], "layer_norm_epsilon 1e-06"),
+        ({"scale_attn_weights": False}, ["nanogpt"], "attention's scores"),
+        ({"scale_attn_by_inverse_layer_idx": True, "n_layer": 2}, ["nanogpt"], "scores"),
         ({"tied_head": False}, ["nanogpt"], "untied"),
         ({"qkv_bias": False}, ["nanogpt"], "qkv_bias False"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused_by_name(tmp_path, change, formats, word):
-    model = dataclasses.replace(TINY, **{"gelu": "erf"} | change)
+    model = dataclasses.replace(TINY, **{"activation": "gelu_erf"} | change)
     for format in formats:
         with pytest.raises(UserError, match=f"{format} cannot express .*{word}"):
             make(tmp_path / "out", model, format=format)
@@ -136,7 +140,7 @@ def test_what_a_format_cannot_express_is_refused_by_name(tmp_path, change, forma
 
 
 def test_another_byte_pair_encoding_is_not_nanogpts(tmp_path, byte_pairs):
-    model = dataclasses.replace(TINY, vocab_size=byte_pairs.n_vocab, gelu="erf")
+    model = dataclasses.replace(TINY, vocab_size=byte_pairs.n_vocab, activation="gelu_erf")
     with pytest.raises(UserError, match="not GPT-2's own"):
         make(tmp_path / "out", model, byte_pairs, format="nanogpt")
 
@@ -144,14 +148,14 @@ def test_another_byte_pair_encoding_is_not_nanogpts(tmp_path, byte_pairs):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"activation_function": "relu"}, ["activation_function 'relu'", "gelu_new"]),
-        ({"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx True"]),
-        ({"scale_attn_weights": False}, ["scale_attn_weights False"]),
-        ({"n_inner": 7}, ["n_inner 7", "16"]),
+        ({"activation_function": "mish"}, ["activation_function 'mish'", "gelu_new"]),
+        ({"scale_attn_by_inverse_layer_idx": 1}, ["scale_attn_by_inverse_layer_idx is 1"]),
+        ({"scale_attn_weights": None}, ["scale_attn_weights is None"]),
+        ({"n_inner": 7}, ["wrongly shaped", "[4, 16] instead of [4, 7]"]),
         ({"model_type": "llama"}, ["model_type 'llama'"]),
-        ({"layer_norm_epsilon": 1e-6}, ["layer_norm_epsilon 1e-06", "1e-05"]),
+        ({"layer_norm_epsilon": 0}, ["layer_norm_epsilon 0 is outside (0, 1)"]),
         ({"add_cross_attention": True}, ["add_cross_attention True"]),
-        ({"activation_function": "relu", "n_inner": 7}, ["activation_function", "n_inner"]),
+        ({"activation_function": "mish", "model_type": "x"}, ["activation_function", "model_type"]),
         ({"n_layer": 10**9}, ["1000000000"]),
         ({"n_layer": 2}, ["missing", "h.1."]),
         ({"n_layer": 0}, ["left over"]),

@@ -2,15 +2,17 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from helpers import TEXT
 from small_models import SMALL, VARIANTS, assert_bitwise, assert_close, logits, random_params
 
+from gptjax import model as ours
 from gptjax.config import TrainConfig
 from gptjax.data.tokenizers import CharTokenizer
 from gptjax.errors import UserError
-from gptjax.interop import convert, hf_tokenizer, huggingface
+from gptjax.interop import convert, hf_tokenizer, huggingface, parameter_names
 from gptjax.interop.weights import Weights
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -75,20 +77,39 @@ def test_every_kind_of_file_has_the_logits_of_transformers(tmp_path, save):
     assert_close(logits(found.config.model, found.params, TOKENS), their_logits(model))
 
 
+HALF = {"n_layer": 1, "n_head": 4, "n_embd": 12, "n_inner": 48, "n_positions": 40}
+
+
 @pytest.mark.parametrize(
     ("settings", "dtype"),
     [
         ({"tie_word_embeddings": False, "activation_function": "gelu"}, torch.float16),
-        ({"activation_function": "gelu_pytorch_tanh", "n_layer": 1, "n_head": 4, "n_embd": 12,
-          "n_inner": 48, "n_positions": 40}, torch.bfloat16),
+        ({"activation_function": "gelu_pytorch_tanh"} | HALF, torch.bfloat16),
+        ({"activation_function": "relu", "n_inner": 24, "layer_norm_epsilon": 0.02}, torch.float32),
+        ({"activation_function": "silu", "scale_attn_by_inverse_layer_idx": True,
+          "reorder_and_upcast_attn": True, "attn_implementation": "eager"}, torch.float32),
+        ({"activation_function": "gelu_fast", "scale_attn_weights": False}, torch.float32),
+        ({"activation_function": "gelu_new", "scale_attn_weights": False,
+          "scale_attn_by_inverse_layer_idx": True}, torch.float32),
     ],
 )  # fmt: skip
-def test_every_variant_has_the_logits_of_transformers(tmp_path, settings, dtype):
+def test_every_variant_has_the_logits_and_gradients_of_transformers(tmp_path, settings, dtype):
     model = make_gpt2(**settings).to(dtype)
     model.save_pretrained(tmp_path)
-    found = huggingface.read(tmp_path)
+    found, model = huggingface.read(tmp_path), model.float()
+    config = found.config.model
     assert found.params["wte"].dtype == np.float32
-    assert_close(logits(found.config.model, found.params, TOKENS), their_logits(model.float()))
+    assert_close(logits(config, found.params, TOKENS), their_logits(model))
+
+    @jax.jit
+    def loss(params):
+        return ours.apply(config, params, TOKENS)[0].var()
+
+    tensors = parameter_names.to_torch(jax.grad(loss)(found.params), config, "in_out")
+    model(torch.from_numpy(TOKENS).long()).logits.var(unbiased=False).backward()
+    for name, parameter in model.named_parameters():
+        expected = parameter.grad.numpy()
+        assert np.abs(tensors[name] - expected).max() < 1e-4 * np.abs(expected).max(), name
 
 
 QUICK = ("only qkv bias", "padded")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CHARS = CharTokenizer("".join(sorted(set(TEXT))))
-MODEL = ModelConfig(2, 2, 16, block_size=12, vocab_size=CHARS.n_vocab, gelu="erf")
+MODEL = ModelConfig(2, 2, 16, block_size=12, vocab_size=CHARS.n_vocab, activation="gelu_erf")
 FEW = "--sample-tokens 0 --eval-full-split --batch-size 4"
 
 

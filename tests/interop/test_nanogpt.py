@@ -28,8 +28,8 @@ from gptjax.runtime_config import RuntimeConfig
 torch = pytest.importorskip("torch", reason="needs PyTorch")
 from gptjax.parity import torch_gpt  # noqa: E402
 
-SMALLEST = ModelConfig(1, 1, 4, block_size=12, vocab_size=23, gelu="erf")
-NANO = ModelConfig(2, 2, 16, block_size=12, vocab_size=23, gelu="erf")
+SMALLEST = ModelConfig(1, 1, 4, block_size=12, vocab_size=23, activation="gelu_erf")
+NANO = ModelConfig(2, 2, 16, block_size=12, vocab_size=23, activation="gelu_erf")
 RATES = {"learning_rate": 1e-2, "min_lr": 1e-3, "warmup_iters": 2, "lr_decay_iters": 20,
          "max_iters": 30, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "grad_clip": 0.7,
          "gradient_accumulation_steps": 2, "batch_size": 4, "eval_interval": 250, "eval_iters": 3,

@@ -25,7 +25,15 @@ GPT2 = ModelConfig(3, 2, 16, block_size=24, vocab_size=61)
 VARIANTS = {
     "gpt2": GPT2,
     "untied, padded": dataclasses.replace(GPT2, tied_head=False, vocab_multiple=64),
-    "nanogpt": dataclasses.replace(GPT2, gelu="erf", bias=False),
+    "nanogpt": dataclasses.replace(GPT2, activation="gelu_erf", bias=False),
+    "every setting": dataclasses.replace(
+        GPT2,
+        activation="silu",
+        n_inner=40,
+        layer_norm_epsilon=1e-3,
+        scale_attn_weights=False,
+        scale_attn_by_inverse_layer_idx=True,
+    ),
     "qkv without bias": dataclasses.replace(GPT2, qkv_bias=False),
     "sinusoidal, banded": dataclasses.replace(
         GPT2, position="sinusoidal", attention_pattern=("dense", "banded"), attention_window=5
