@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,9 +95,10 @@ class Gpt2Tokenizer:
         r"|(?:\s{1000}(?=\s\s))*+\s{1,1001}(?!\S)|\s+"
     )
 
-    def __init__(self, ranks: dict[bytes, int] | None = None):
+    def __init__(self, ranks: dict[bytes, int] | None = None, added: Sequence[str] = ()):
         """`ranks`: bytes of a piece -> its id. None: GPT-2's own, which tiktoken downloads once
-        (UserError if it cannot)."""
+        (UserError if it cannot). `added`: tokens that follow the end-of-text token; where a text
+        spells one, it is encoded as that token."""
         if ranks is None:
             try:
                 ranks = openai_public.gpt2()["mergeable_ranks"]
@@ -111,29 +112,44 @@ class Gpt2Tokenizer:
         self.ranks = ranks
         self.pieces = sorted(ranks, key=ranks.__getitem__)
         self.eot = len(ranks)
-        self.n_vocab = len(ranks) + 1
+        self.added = tuple(added)
+        self.n_vocab = len(ranks) + 1 + len(self.added)
+        # Of two that begin at the same place the longer counts.
+        longest = sorted(self.added, key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(map(re.escape, longest))})") if added else None
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=self.PATTERN,
             mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.eot},
+            special_tokens={t: self.eot + i for i, t in enumerate((END_OF_TEXT, *self.added))},
         )
 
     @property
     def is_gpt2s_own(self) -> bool:
         """Whether the pieces are GPT-2's; False for another encoding of the same kind."""
+        if self.added:
+            return False
         return hashlib.sha256(b"".join(self.pieces)).hexdigest() == GPT2_SHA256
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         # "<|endoftext|>" inside a text is text, not the end-of-text token.
-        return np.array(self._encoding.encode_ordinary(text), dtype=np.int32)
+        encode = self._encoding.encode_ordinary
+        if not self._added:
+            return np.array(encode(text), dtype=np.int32)
+        ids: list[int] = []
+        for i, part in enumerate(self._added.split(text)):
+            # Every second one is what the text was split at.
+            ids += [self._encoding.encode_single_token(part)] if i % 2 else encode(part)
+        return np.array(ids, dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(list(map(int, ids)))
 
     def state(self) -> dict[str, Any]:
         pieces = " ".join(base64.b64encode(piece).decode() for piece in self.pieces)
-        return {"kind": self.kind, "pieces": pieces}
+        return {"kind": self.kind, "pieces": pieces} | (
+            {"added": [*self.added]} if self.added else {}
+        )
 
 
 class SentencePieceTokenizer:
@@ -243,7 +259,12 @@ def from_state(state: Any, where: str) -> Tokenizer:
                 # tiktoken panics if a byte is missing.
                 if len(ranks) < len(pieces) or not all(bytes([b]) in ranks for b in range(256)):
                     raise ValueError("its pieces are not distinct, or do not include all bytes")
-                return Gpt2Tokenizer(ranks)
+                added = state.get("added", ())
+                if not all(isinstance(token, str) and token for token in added) or len(
+                    {END_OF_TEXT, *added}
+                ) <= len(added):
+                    raise ValueError("its added tokens are not distinct texts")
+                return Gpt2Tokenizer(ranks, added)
             case "sentencepiece":
                 return SentencePieceTokenizer(base64.b64decode(state["model"]))
             case kind:

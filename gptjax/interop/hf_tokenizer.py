@@ -75,6 +75,7 @@ def convert(tokenizer: Tokenizer) -> HfTokenizer:
         out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         out.decoder = decoders.ByteLevel()
         out.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        out.add_tokens([AddedToken(token, normalized=False) for token in tokenizer.added])
         return out
     assert isinstance(tokenizer, SentencePieceTokenizer), tokenizer.kind
     pieces = [tokenizer.piece(i) for i in range(tokenizer.n_vocab)]
@@ -161,15 +162,22 @@ def _from_hf(found: HfTokenizer) -> Tokenizer:
     if all(len(token) == 1 for token in tokens):
         ours: Tokenizer = CharTokenizer("".join(tokens))
     else:
-        allowed = {END_OF_TEXT}
-        if tokens.pop() != END_OF_TEXT:
-            raise ValueError(f"{END_OF_TEXT} is not its last id")
+        plain = {
+            token.content
+            for token in found.get_added_tokens_decoder().values()
+            if not (token.lstrip or token.rstrip or token.single_word)
+        }
+        end = vocab.get(END_OF_TEXT, len(vocab))
+        tokens, added = tokens[:end], tokens[end + 1 :]
+        allowed = {END_OF_TEXT, *added}
+        if end == len(vocab) or not plain.issuperset(added):
+            raise ValueError(f"{END_OF_TEXT} is not its last id, or followed by added tokens only")
         if any(len(token) > LONGEST_TOKEN for token in tokens):
             raise ValueError(f"a token is longer than {LONGEST_TOKEN} bytes")
         pieces = [bytes(_BYTE_OF[character] for character in token) for token in tokens]
         if not {bytes([byte]) for byte in range(256)}.issubset(pieces):
             raise ValueError("not all bytes are among its tokens")
-        ours = Gpt2Tokenizer({piece: id_ for id_, piece in enumerate(pieces)})
+        ours = Gpt2Tokenizer({piece: id_ for id_, piece in enumerate(pieces)}, added)
     state = _state(found)
     wrong = [name for name, value in _state(convert(ours)).items() if state.get(name) != value]
     wrong += [t.content for t in found.get_added_tokens_decoder().values()

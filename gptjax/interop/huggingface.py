@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ ACTIVATIONS: dict[str, Activation] = {
 """Their names, the default first -> ours."""
 
 
+OTHER_HEADS = re.compile(
+    r"(score|classifier|qa_outputs|multiple_choice_head\.summary)\.(weight|bias)"
+)
+"""Of classifiers and the like, which we do not have."""
+
+
 def read(folder: Path) -> Weights:
     """The GPT-2 in a folder. UserError: files are missing or damaged, tensors do not fit, or the
     model is not a GPT-2 that we compute exactly."""
@@ -51,7 +58,12 @@ def read(folder: Path) -> Weights:
     if isinstance(noted, dict):
         fields |= {name: noted[name] for name in ("bias", "qkv_bias") if name in noted}
     smaller = model_config(fields, where)
-    params = parameter_names.from_torch(hugging_face_tensors(folder), model, "in_out", str(folder))
+    tensors = hugging_face_tensors(folder)
+    if heads := sorted(filter(OTHER_HEADS.fullmatch, tensors)):
+        notes.append(f"left out another head than the language model's: {', '.join(heads)}")
+        for name in heads:
+            del tensors[name]
+    params = parameter_names.from_torch(tensors, model, "in_out", str(folder))
     if fewer := parameter_names.without_zeros(params, smaller):
         model, params = smaller, fewer
     return Weights(FINETUNE.replace(model=model), params, notes=tuple(notes))
@@ -152,7 +164,8 @@ def download(name: str) -> Path:
     """The folder with a model of the Hugging Face Hub; it is fetched once. UserError: there is no
     network, or no such model. RunError: the disk is full."""
     print(f"there is no file or folder {name}: asking the Hugging Face Hub for it", flush=True)
-    small = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"]
+    small = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
+             "added_tokens.json"]  # fmt: skip
     for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"]):
         try:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small + weights))

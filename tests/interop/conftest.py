@@ -22,10 +22,11 @@ def sentence_pieces() -> SentencePieceTokenizer:
     return SentencePieceTokenizer.train([TEXT], 400)
 
 
-@pytest.fixture(scope="session", params=["char", "bytes", "sentencepiece"])
+@pytest.fixture(scope="session", params=["char", "bytes", "sentencepiece", "added"])
 def tokenizer(request, byte_pairs, sentence_pieces):
     """One of each kind."""
     kinds = {"char": CharTokenizer(CHARACTERS), "bytes": byte_pairs}
+    kinds["added"] = Gpt2Tokenizer(byte_pairs.ranks, ["[user]", "[user]s", " \u00e9"])
     return (kinds | {"sentencepiece": sentence_pieces})[request.param]
 
 

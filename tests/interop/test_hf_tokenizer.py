@@ -50,7 +50,8 @@ def texts(tokenizer):
     # Words of the training text meet merges; Hugging Face finds control tokens inside a text, and
     # we do not.
     plain = st.text().filter(lambda text: text.encode("utf-8", "ignore").decode() == text)
-    alike = st.lists(st.sampled_from([*TEXT.split()[:60], " ", "\n", "  ", "é", "😀"])).map("".join)
+    parts = [*TEXT.split()[:60], " ", "\n", "  ", "é", "😀", *getattr(tokenizer, "added", [])]
+    alike = st.lists(st.sampled_from(parts)).map("".join)
     return (plain | alike | st.tuples(alike, plain).map("".join)).filter(
         lambda text: not any(odd in text for odd in ("\u2581", "\0", "<", "|"))
     )
@@ -83,6 +84,11 @@ def words(whole, vocab):
     }  # fmt: skip
 
 
+def with_pad(whole, **flags):
+    pad = whole["added_tokens"][0] | {"content": "<pad>", "id": 263} | flags
+    return whole | {"added_tokens": [*whole["added_tokens"], pad]}
+
+
 LOWER = {"normalizer": {"type": "Lowercase"}}
 TEMPLATE = {
     "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
@@ -109,8 +115,10 @@ ODD = {
         changed(w, vocab={"a": 0, "<|endoftext|>": 1}, merges=[]) | {"added_tokens": []}
     ),
     "all ids 0": lambda w: changed(w, vocab=dict.fromkeys(w["model"]["vocab"], 0)),
-    "another added token": lambda w: (
-        w | {"added_tokens": [w["added_tokens"][0] | {"content": "<pad>", "id": 263}]}
+    "an added token that takes spaces": lambda w: with_pad(w, lstrip=True),
+    "an added token that is a word": lambda w: with_pad(w, single_word=True),
+    "a token of the vocabulary after the last": lambda w: changed(
+        w, vocab=w["model"]["vocab"] | {"hehe": 263}
     ),
     "an added token that is known": lambda w: (
         w
@@ -166,12 +174,15 @@ def test_a_very_long_token_is_refused_before_it_takes_hours(tmp_path):
     refused(tmp_path, "longer than 256")
 
 
-def test_tokens_added_to_gpt2s_vocabulary_are_refused(byte_pairs, tmp_path):
+def test_tokens_may_be_added_after_gpt2s_vocabulary_only(byte_pairs, tmp_path):
     hf_tokenizer.write(byte_pairs, tmp_path, 32)
     (tmp_path / "tokenizer.json").unlink()
-    for id_ in (byte_pairs.n_vocab, 5):
-        (tmp_path / "added_tokens.json").write_text(json.dumps({"<|pad|>": id_}))
-        refused(tmp_path, "not its last id" if id_ != 5 else "do not follow")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|pad|>": byte_pairs.n_vocab}))
+    found = hf_tokenizer.read(tmp_path)
+    assert found.encode("he<|pad|>").tolist() == [257, byte_pairs.n_vocab]
+    assert found.decode([257, 263]) == "he<|pad|>" and found.eot == byte_pairs.eot
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|pad|>": 5}))
+    refused(tmp_path, "do not follow")
 
 
 def test_a_sentencepiece_model_that_changes_the_text_is_refused(tmp_path):

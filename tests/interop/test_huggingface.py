@@ -112,6 +112,26 @@ def test_every_variant_has_the_logits_and_gradients_of_transformers(tmp_path, se
         assert np.abs(tensors[name] - expected).max() < 1e-4 * np.abs(expected).max(), name
 
 
+OTHERS = {
+    "GPT2DoubleHeadsModel": [],
+    "GPT2ForSequenceClassification": ["score.weight"],
+    "GPT2ForTokenClassification": ["classifier.bias", "classifier.weight"],
+    "GPT2ForQuestionAnswering": ["qa_outputs.bias", "qa_outputs.weight"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_body_of_a_model_with_another_head_is_read(tmp_path, name):
+    body = make_gpt2()
+    model = getattr(transformers, name)(body.config)
+    model.transformer.load_state_dict(body.transformer.state_dict())
+    model.save_pretrained(tmp_path)
+    found = huggingface.read(tmp_path)
+    assert_close(logits(found.config.model, found.params, TOKENS), their_logits(body))
+    (note,) = found.notes
+    assert "left out another head" in note and all(head in note for head in OTHERS[name])
+
+
 QUICK = ("only qkv bias", "padded")
 
 
