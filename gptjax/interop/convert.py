@@ -16,7 +16,7 @@ from gptjax.config_io import save_run_settings
 from gptjax.data import token_files, tokenizers
 from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import RunError, UserError, first_line
-from gptjax.interop import hf_tokenizer, huggingface, nanogpt
+from gptjax.interop import hf_tokenizer, huggingface, nanogpt, tensorflow
 from gptjax.interop.weights import Gelu, Weights
 from gptjax.run_metadata import CheckpointMetadata
 
@@ -33,8 +33,9 @@ def read_pretrained(
     """A model and its tokenizer.
 
     Args:
-        source: a folder in Hugging Face's format, nanoGPT's ckpt.pt or its folder, or, if nothing
-            of that name is here, a model on the Hugging Face Hub such as gpt2-xl.
+        source: a folder in Hugging Face's format, nanoGPT's ckpt.pt or its folder, a folder with
+            OpenAI's TensorFlow checkpoint, or, if nothing of that name is here, a model on the
+            Hugging Face Hub such as gpt2-xl.
         tokenizer: see `find_tokenizer`.
         optimizer, gelu: of a ckpt.pt, see `nanogpt.read`.
 
@@ -51,12 +52,15 @@ def read_pretrained(
     checkpoint = path if path.is_file() else path / "ckpt.pt"
     if (path / "config.json").is_file():
         weights = huggingface.read(path)
+    elif (path / tensorflow.HPARAMS).is_file():
+        weights = tensorflow.read(path)
     elif checkpoint.is_file():
         weights, path = nanogpt.read(checkpoint, optimizer=optimizer, gelu=gelu), checkpoint.parent
     else:
         raise UserError(
             f"no model at {source!r}: expected a Hugging Face folder (config.json), nanoGPT's"
-            " ckpt.pt, or a name on the Hugging Face Hub such as gpt2-xl"
+            " ckpt.pt, OpenAI's folder (hparams.json), or a name on the Hugging Face Hub such as"
+            " gpt2-xl"
         )
     rows = weights.config.model.padded_vocab_size
     found = find_tokenizer(tokenizer, path, rows)

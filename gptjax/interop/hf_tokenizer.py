@@ -117,8 +117,9 @@ def read(folder: Path) -> Tokenizer | None:
             return _from_sentencepiece((folder / "tokenizer.model").read_bytes())
         if (folder / "tokenizer.json").is_file():
             return _from_hf(HfTokenizer.from_file(str(folder / "tokenizer.json")))
-        if (folder / "vocab.json").is_file():
-            return _from_hf(_from_vocab_files(folder))
+        for vocab, merges in ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"):
+            if (folder / vocab).is_file():  # the second are OpenAI's
+                return _from_hf(_from_vocab_files(folder / vocab, folder / merges))
     except Exception as error:  # the package raises nothing more special
         raise UserError(
             f"the tokenizer in {folder} is damaged, or not char, GPT-2's or SentencePiece's"
@@ -138,12 +139,12 @@ def _from_sentencepiece(model: bytes) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def _from_vocab_files(folder: Path) -> HfTokenizer:
-    """vocab.json and merges.txt, with added_tokens.json where it is there."""
-    bpe = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+def _from_vocab_files(vocab: Path, merges: Path) -> HfTokenizer:
+    """With added_tokens.json where it is there."""
+    bpe = models.BPE.from_file(str(vocab), str(merges))
     found = HfTokenizer(bpe)
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    more = folder / "added_tokens.json"
+    more = vocab.parent / "added_tokens.json"
     added = read_json(more) if more.is_file() else {}
     found.add_tokens([AddedToken(token, normalized=False) for token in added])
     if any(found.token_to_id(token) != id_ for token, id_ in added.items()):

@@ -1,4 +1,5 @@
-"""GPT-2 in Hugging Face's format: config.json beside model.safetensors or pytorch_model.bin."""
+"""GPT-2 in Hugging Face's format: config.json beside model.safetensors, pytorch_model.bin or
+flax_model.msgpack."""
 
 import dataclasses
 import errno
@@ -16,7 +17,7 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import RunError, UserError, quoted
 from gptjax.interop import hf_tokenizer, parameter_names
 from gptjax.interop.parameter_names import EMBEDDING
-from gptjax.interop.tensor_files import SAFETENSORS, hugging_face_tensors, read_object
+from gptjax.interop.tensor_files import FLAX, SAFETENSORS, hugging_face_tensors, read_object
 from gptjax.interop.weights import Weights, model_config
 
 SHARD_BYTES = 2 << 30
@@ -166,7 +167,7 @@ def download(name: str) -> Path:
     print(f"there is no file or folder {name}: asking the Hugging Face Hub for it", flush=True)
     small = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
              "added_tokens.json"]  # fmt: skip
-    for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"]):
+    for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"], [FLAX]):
         try:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small + weights))
         except Exception as error:  # of the HTTP library, the Hub's own, or the file system's

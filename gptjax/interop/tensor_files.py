@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, and PyTorch's own, read without running anything in them."""
+"""Files of tensors: safetensors, PyTorch's own, Flax's; read without running anything in them."""
 
 import collections
 import importlib
@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import flax.serialization
 import numpy as np
 import safetensors
+from flax.traverse_util import flatten_dict
 
 from gptjax.errors import UserError, first_line
 from gptjax.files import parse_json, read_json
@@ -18,12 +20,13 @@ from gptjax.interop.parameter_names import NAMES_LISTED
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
+FLAX = "flax_model.msgpack"
 
 
 def hugging_face_tensors(folder: Path) -> dict[str, np.ndarray]:
     """The weights in a Hugging Face folder: model.safetensors, else pytorch_model.bin, each in one
-    file or sharded with an index. UserError: there are none, they are damaged, or an index does
-    not fit its files."""
+    file or sharded with an index; else flax_model.msgpack. UserError: there are none, they are
+    damaged, or an index does not fit its files."""
     for name, read in ((SAFETENSORS, read_safetensors), (PYTORCH, read_torch)):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -37,8 +40,11 @@ def hugging_face_tensors(folder: Path) -> dict[str, np.ndarray]:
                 listed = ", ".join(odd[:NAMES_LISTED])
                 raise UserError(f"{index} and its files name different tensors: {listed}")
             return {tensor: array for part in parts for tensor, array in part.items()}
+    if (folder / FLAX).is_file():
+        return read_flax(folder / FLAX)
     raise UserError(
-        f"{folder} holds no weights: expected {SAFETENSORS}, {SAFETENSORS}.index.json or {PYTORCH}"
+        f"{folder} holds no weights: expected {SAFETENSORS}, {SAFETENSORS}.index.json, {PYTORCH} or"
+        f" {FLAX}"
     )
 
 
@@ -72,6 +78,24 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
     with path.open("rb") as header:  # the library keeps the last of two equal names
         parse_json(header.read(int.from_bytes(header.read(8), "little")).decode(), str(path))
+    return found
+
+
+def read_flax(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a flax_model.msgpack, as transformers wrote it until version 5, by the names
+    and in the layout of its PyTorch files. UserError: it cannot be read, or is damaged."""
+    try:
+        tree = flatten_dict(flax.serialization.msgpack_restore(path.read_bytes()))
+        found = {}
+        for names, array in tree.items():
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{names[-1]!r} is no array")
+            # Its Conv1D stores [out, in], its head is a linear layer of Flax, [in, out].
+            array = array.T if names[-1] == "kernel" else array
+            last = "bias" if names[-1] == "bias" else "weight"
+            found[".".join((*names[:-1], last))] = array
+    except Exception as error:  # a damaged file fails in many ways; none of them is a bug of ours
+        raise UserError(f"cannot read {path} as Flax's: {first_line(error)}") from None
     return found
 
 

@@ -5,7 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import serialization as flax_serialization
+from flax.traverse_util import unflatten_dict
+from fuzz import damaged, read_or_refuse
 from helpers import TEXT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from small_models import SMALL, VARIANTS, assert_bitwise, assert_close, logits, random_params
 
 from gptjax import model as ours
@@ -48,6 +53,20 @@ def masked(tensors):
     return tensors | masks | more
 
 
+def flax(model):
+    """As FlaxGPT2LMHeadModel of transformers 4 names its parameters; its Conv1D is [out, in]."""
+    tree = {}
+    for name, tensor in model.state_dict().items():
+        *path, last = name.split(".")
+        array = tensor.numpy()
+        if last == "weight":
+            last = "embedding" if array.ndim == 2 and path[-1] in ("wte", "wpe") else "kernel"
+            last = "scale" if array.ndim == 1 else last
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            tree[*path, last] = array.T if last == "kernel" else array
+    return flax_serialization.msgpack_serialize(unflatten_dict(tree))
+
+
 def bare(tensors):
     """As GPT2Model, without the head, names its tensors; so do the released weights."""
     kept = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
@@ -63,12 +82,13 @@ SAVED = {
     "bare torch with masks": lambda model, f: torch.save(
         bare(masked(model.state_dict())), f / "pytorch_model.bin"
     ),
+    "flax": lambda model, f: (f / "flax_model.msgpack").write_bytes(flax(model)),
 }
 
 
 @pytest.mark.parametrize("save", SAVED.values(), ids=SAVED)
 def test_every_kind_of_file_has_the_logits_of_transformers(tmp_path, save):
-    model = make_gpt2()
+    model = make_gpt2(tie_word_embeddings=save is not SAVED["flax"])
     model.config.save_pretrained(tmp_path)
     save(model, tmp_path)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (save is SAVED["sharded"])
@@ -81,7 +101,7 @@ HALF = {"n_layer": 1, "n_head": 4, "n_embd": 12, "n_inner": 48, "n_positions": 4
 
 
 @pytest.mark.parametrize(
-    ("settings", "dtype"),
+    ("options", "dtype"),
     [
         ({"tie_word_embeddings": False, "activation_function": "gelu"}, torch.float16),
         ({"activation_function": "gelu_pytorch_tanh"} | HALF, torch.bfloat16),
@@ -93,8 +113,8 @@ HALF = {"n_layer": 1, "n_head": 4, "n_embd": 12, "n_inner": 48, "n_positions": 4
           "scale_attn_by_inverse_layer_idx": True}, torch.float32),
     ],
 )  # fmt: skip
-def test_every_variant_has_the_logits_and_gradients_of_transformers(tmp_path, settings, dtype):
-    model = make_gpt2(**settings).to(dtype)
+def test_every_variant_has_the_logits_and_gradients_of_transformers(tmp_path, options, dtype):
+    model = make_gpt2(**options).to(dtype)
     model.save_pretrained(tmp_path)
     found, model = huggingface.read(tmp_path), model.float()
     config = found.config.model
@@ -110,6 +130,18 @@ def test_every_variant_has_the_logits_and_gradients_of_transformers(tmp_path, se
     for name, parameter in model.named_parameters():
         expected = parameter.grad.numpy()
         assert np.abs(tensors[name] - expected).max() < 1e-4 * np.abs(expected).max(), name
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(drawn=st.data())
+def test_damaged_flax_weights_are_read_or_refused_in_one_line(tmp_path, drawn):
+    path = tmp_path / "flax_model.msgpack"
+    if not path.exists():
+        model = make_gpt2(n_layer=1, n_embd=4)
+        model.config.save_pretrained(tmp_path)
+        (tmp_path / "whole").write_bytes(flax(model))
+    path.write_bytes(drawn.draw(damaged((tmp_path / "whole").read_bytes())))
+    read_or_refuse(lambda: huggingface.read(tmp_path), tmp_path)
 
 
 OTHERS = {
