@@ -18,8 +18,8 @@ evaluate or train on like any other; export writes a run for transformers or nan
 
 @dataclasses.dataclass(frozen=True)
 class ImportFlags(Config):
-    """Make a run of a Hugging Face GPT-2 folder, nanoGPT's ckpt.pt, OpenAI's folder, or a model on
-    the Hugging Face Hub such as gpt2-xl."""
+    """Make a run of a Hugging Face GPT-2 folder, a checkpoint of nanoGPT or build-nanogpt, OpenAI's
+    folder, or a model on the Hugging Face Hub such as gpt2-xl."""
 
     tokenizer: str | None = None
     """gpt2, a run or data folder of gptjax, or a folder with tokenizer files of Hugging Face or

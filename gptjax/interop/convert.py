@@ -63,6 +63,11 @@ def read_pretrained(
             " gpt2-xl"
         )
     rows = weights.config.model.padded_vocab_size
+    data = nanogpt.vocabulary_folder(weights.dataset, path)
+    if data and not (tokenizer or token_files.read_tokenizer(path)):
+        path = data
+        note = f"its vocabulary is that of {data / 'meta.pkl'}: it was trained on {data.name}"
+        weights = weights._replace(notes=(*weights.notes, note))
     found = find_tokenizer(tokenizer, path, rows)
     # Padding is usually up to a power of two.
     likely = (1, *(2**n for n in range(3, 14)), rows)

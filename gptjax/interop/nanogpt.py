@@ -1,5 +1,5 @@
-"""nanoGPT's ckpt.pt, with its settings and its optimizer's state, so that training goes on; and
-its meta.pkl for characters. Needs PyTorch."""
+"""nanoGPT's ckpt.pt, with its settings and its optimizer's state, so that training goes on; its
+meta.pkl for characters; and the checkpoints of build-nanogpt. Needs PyTorch."""
 
 import pickle
 from pathlib import Path
@@ -22,24 +22,38 @@ from gptjax.settings import INT_LIMIT
 MODEL = ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")
 
 
+class BuildConfig:
+    """In place of build-nanogpt's dataclass GPTConfig: it holds the fields and does nothing."""
+
+
+BUILD_NAMES = ("__main__.GPTConfig", "train_gpt2.GPTConfig")
+"""Of that class, as its checkpoints name it."""
+
+
 def read(path: Path, *, optimizer: bool = True, gelu: Gelu = "erf") -> Weights:
     """The model in a ckpt.pt.
 
     Args:
         optimizer: with the state of its AdamW, where it is there; else the step is 0.
         gelu: its form, which the file does not say: nanoGPT's was tanh until 2023, erf since.
+            (build-nanogpt's is tanh.)
 
     UserError: the file is damaged, would run code, or is another model's.
     """
-    saved, where = tensor_files.load_torch_file(path), str(path)
+    stand_ins = [(BuildConfig, name) for name in BUILD_NAMES]
+    saved, where = tensor_files.load_torch_file(path, stand_ins), str(path)
     # Of the very type: a file may overwrite the methods of an OrderedDict.
+    if type(saved) is dict and type(saved.get("config")) is BuildConfig:
+        saved |= {"model_args": vars(saved["config"]), "iter_num": saved.get("step", 0)}
+        gelu = "tanh"
     if type(saved) is not dict or type(saved.get("model_args")) is not dict:
         raise UserError(f"{path} is not nanoGPT's: expected `model` and `model_args` in it")
     fields = {"bias": True, "activation": f"gelu_{gelu}"} | saved["model_args"]
     model = model_config(fields, f"{where}, model_args")
-    settings, notes = saved.get("config"), list[str]()
+    settings, notes, dataset = saved.get("config"), list[str](), None
     config, runtime = FINETUNE.replace(model=model), RuntimeConfig()
     if type(settings) is dict:
+        dataset = settings.get("dataset")
         try:
             config, runtime = _read_settings(settings, config, f"{where}, config")
         except UserError as error:  # good weights may come with settings that we refuse
@@ -51,7 +65,7 @@ def read(path: Path, *, optimizer: bool = True, gelu: Gelu = "erf") -> Weights:
         raise UserError(f"{where}: iter_num is not the number of a step")
     state = saved.pop("optimizer", None) if optimizer else None
     if state is None or state == {}:
-        return Weights(config, params, runtime, notes=tuple(notes))
+        return Weights(config, params, runtime, notes=tuple(notes), dataset=dataset)
     try:
         opt_state = _read_optimizer(state, config, f"{where}, optimizer")
     except Exception as error:  # it may be anything
@@ -59,7 +73,17 @@ def read(path: Path, *, optimizer: bool = True, gelu: Gelu = "erf") -> Weights:
             f"{where}: `optimizer` is not AdamW's state of this model ({first_line(error)}); to"
             " import the weights alone, add --optimizer False"
         ) from None
-    return Weights(config, params, runtime, step, opt_state, notes=tuple(notes))
+    return Weights(config, params, runtime, step, opt_state, None, tuple(notes), dataset)
+
+
+def vocabulary_folder(dataset: Any, folder: Path) -> Path | None:
+    """Where nanoGPT's data set `dataset`, whose name a checkpoint in `folder` gives, has its
+    meta.pkl: in data/ here, or beside `folder`."""
+    if not isinstance(dataset, str) or not dataset.isprintable() or len(dataset) > 255:
+        return None
+    data = Path("data"), folder.absolute().parent / "data"
+    found = (each / dataset for each in data if (each / dataset / "meta.pkl").is_file())
+    return next(found, None)
 
 
 def _read_settings(

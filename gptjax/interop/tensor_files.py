@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,9 @@ def torch_tensors(named: Any, where: str) -> dict[str, np.ndarray]:
     return found
 
 
-def load_torch_file(path: Path) -> Any:
+def load_torch_file(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> Any:
     """The content of a file written by torch.save, if it is plain data: no code in it is run.
+    `stand_ins`: (a class that does nothing, whose objects take the place of those of this name).
     UserError: the file cannot be read, is damaged, or would import or run code."""
     torch = optional("torch", "reading PyTorch's own files")
     try:
@@ -137,7 +139,8 @@ def load_torch_file(path: Path) -> Any:
             with zipfile.ZipFile(path) as parts:
                 if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
                     raise ValueError("its parts are larger than the file")
-        with warnings.catch_warnings():
+        allowed: Any = [*stand_ins]
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # torch guesses at what a damaged file may be
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways; none of them is a bug of ours

@@ -26,6 +26,8 @@ class Weights(NamedTuple):
     best_val_loss: float | None = None
     notes: tuple[str, ...] = ()
     """What a user should know of the reading."""
+    dataset: Any = None
+    """Of nanoGPT's: what its settings name as the data, unchecked."""
 
 
 def model_config(fields: dict[Any, Any], where: str) -> ModelConfig:

@@ -6,6 +6,8 @@ import functools
 import math
 import os
 import pickle
+import sys
+import types
 import warnings
 
 import jax
@@ -190,6 +192,60 @@ def test_an_optimizer_that_does_not_fit_says_how_to_leave_it(tmp_path, saved, ch
     torch.save(saved | {"optimizer": optimizer}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="--optimizer False"):
         nanogpt.read(tmp_path / "ckpt.pt")
+
+
+@pytest.mark.parametrize("place", ["beside", "here", "absolute"])
+def test_the_data_set_that_a_ckpt_names_has_its_characters(tmp_path, monkeypatch, place):
+    (tmp_path / "out").mkdir()
+    data = tmp_path / "data" / "letters"
+    data.mkdir(parents=True)
+    (data / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(CHARS.characters))}))
+    monkeypatch.chdir(tmp_path if place == "here" else tmp_path / "out")
+    if place == "here":
+        (tmp_path / "out").rename(tmp_path / "data" / "out")
+    out = tmp_path / "data" / "out" if place == "here" else tmp_path / "out"
+    name = str(data) if place == "absolute" else "letters"
+    trained(1, SMALLEST).save(out, config=RATES | {"dataset": name})
+    weights, tokenizer = read_pretrained(str(out))
+    assert tokenizer.state() == CHARS.state()
+    (note,) = weights.notes
+    assert "letters/meta.pkl" in note and "trained on letters" in note
+
+
+@pytest.mark.parametrize("dataset", ["elsewhere", 3, "a\0b", "x" * 5000, ["letters"]])
+def test_a_data_set_that_is_not_there_is_not_guessed(tmp_path, dataset):
+    trained(1, SMALLEST).save(tmp_path, config=RATES | {"dataset": dataset})
+    with pytest.raises(UserError, match="no tokenizer lies in"):
+        read_pretrained(str(tmp_path))
+
+
+@dataclasses.dataclass
+class GPTConfig:
+    """As build-nanogpt's."""
+
+    block_size: int = 12
+    vocab_size: int = 23
+    n_layer: int = 2
+    n_head: int = 2
+    n_embd: int = 16
+
+
+@pytest.mark.parametrize("name", nanogpt.BUILD_NAMES)
+def test_build_nanogpts_checkpoints_are_read_with_a_stand_in(tmp_path, monkeypatch, name):
+    net = trained(1, dataclasses.replace(NANO, activation="gelu_tanh")).net
+    module, _, short = name.rpartition(".")
+    monkeypatch.setitem(sys.modules, module, sys.modules.get(module, types.ModuleType(module)))
+    monkeypatch.setattr(sys.modules[module], short, GPTConfig, raising=False)
+    monkeypatch.setattr(GPTConfig, "__module__", module)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(12, 12).tril()[None, None] for i in (0, 1)}
+    saved = {"model": net.state_dict() | masks, "config": GPTConfig(), "step": 7, "val_loss": 3.0}
+    torch.save(saved, tmp_path / "model_00007.pt")
+    found = nanogpt.read(tmp_path / "model_00007.pt")
+    assert_close(logits(found.config.model, found.params, TOKENS), their_logits(net))
+    torch.save(saved | {"config": Trap(tmp_path / "trap")}, tmp_path / "model_00007.pt")
+    with pytest.raises(UserError, match="mkdir"):
+        nanogpt.read(tmp_path / "model_00007.pt")
+    assert not (tmp_path / "trap").exists()
 
 
 ARGS = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": 4, "vocab_size": 5}
