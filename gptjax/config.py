@@ -152,9 +152,10 @@ class DataConfig(Config):
     prefix = "data."
 
     source: str | None = "builtin"
-    """builtin (the Python standard library's own source), shakespeare (downloaded once), or a file
-    of text or of JSON (.jsonl; field `text`), a folder, or a glob of them. None: still to be named,
-    as for imported weights. As a flag also --data."""
+    """builtin (the Python standard library's own source), shakespeare (downloaded once), a file of
+    text, JSON (.jsonl) or a table (.parquet, .arrow), compressed or not, a folder, a glob of them,
+    or hf://OWNER/NAME:SPLIT on the Hugging Face Hub. None: still to be named, as for imported
+    weights. As a flag also --data."""
     tokenizer: TokenizerKind = "char"
     """char: one token a character; gpt2: GPT-2's byte-pair encoding; sentencepiece: a model
     trained on the text itself."""
@@ -169,11 +170,15 @@ class DataConfig(Config):
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>". None: a document is a file, or a
     line of JSON."""
+    text_field: str = "text"
+    """Field that holds the text, of JSON or a table; "meta.body" is the field body of meta."""
 
     def problems(self) -> list[str]:
         out = self._check_ints(1, "sentencepiece_vocab_size")
         if self.end_of_text is not None and len(self.end_of_text.split()) != 1:
             out.append(f"data.end_of_text {self.end_of_text!r} must be a word without white space")
+        if self.text_field == "":
+            out.append("data.text_field is empty; name the field that holds the text")
         if self.source == "":
             out.append("data.source is empty; name a file, a folder or a glob")
         if self.dir == "":

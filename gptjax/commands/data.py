@@ -10,8 +10,9 @@ from gptjax.settings import Config
 
 @dataclasses.dataclass(frozen=True)
 class DataFlags(Config):
-    """Tokenise a text into a folder for `train --data.dir`. SOURCE is builtin, shakespeare, a .txt
-    or .jsonl file, a folder or a glob."""
+    """Tokenise a text into a folder for `train --data.dir`. SOURCE is builtin, shakespeare, a file
+    (.txt, .jsonl, .parquet, .arrow; also .gz, .xz, .bz2 or .zst of them), a folder, a glob, or
+    hf://OWNER/NAME:SPLIT on the Hugging Face Hub."""
 
     tokenizer: TokenizerKind = DataConfig.tokenizer
     """char, gpt2 or sentencepiece."""
@@ -21,6 +22,8 @@ class DataFlags(Config):
     """Share of the text's characters, at its end, held out for validation, in (0, 1)."""
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>"."""
+    text_field: str = DataConfig.text_field
+    """Field that holds the text, of JSON or a table; "meta.body" is the field body of meta."""
     shard_tokens: int | None = None
     """Tokens in a file at most; the tokens are read as if they lay in one. None: no limit."""
     out: str | None = None
@@ -30,7 +33,7 @@ class DataFlags(Config):
         """The same as a run's settings."""
         return DataConfig(
             source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction,
-            end_of_text=self.end_of_text,
+            end_of_text=self.end_of_text, text_field=self.text_field,
         )  # fmt: skip
 
     def problems(self) -> list[str]:

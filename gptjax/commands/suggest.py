@@ -78,10 +78,10 @@ def tokenizer_for(data: DataConfig) -> TokenizerKind:
     """What was asked for; else by the text's size."""
     if "tokenizer" in data.given or data.dir:
         return data.tokenizer
-    from gptjax.data import corpus
+    from gptjax.data import prepare
 
-    size = sum(path.stat().st_size for path in corpus.find_files(data.source))
-    return "char" if size < CHAR_BELOW else "gpt2"
+    size = prepare.corpus_of(data).size
+    return "char" if size is not None and size < CHAR_BELOW else "gpt2"
 
 
 def print_speed(speed: "Speed") -> None:

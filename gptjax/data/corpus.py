@@ -1,41 +1,93 @@
 """Where text comes from: the built-in corpus, Tiny Shakespeare, and the user's own files."""
 
-import codecs
 import glob
 import hashlib
-import itertools
-import json
 import os
-import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from gptjax import files
-from gptjax.errors import UserError, quoted
+from gptjax.data import hub, readers
+from gptjax.errors import UserError
 
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-READ = (".txt", ".jsonl", ".ndjson", ".json")
-"""Endings of what is taken from a folder."""
-
-UNREAD = (
-    ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".pdf", ".docx", ".gz", ".bz2", ".xz", ".zst",
-    ".zip", ".tar",
-)  # fmt: skip
+UNREAD = (".csv", ".tsv", ".xlsx", ".pdf", ".docx", ".zip", ".tar", ".tgz")
 """Endings of what would be misread as text."""
 
-READ_BYTES = 1 << 20
-CUT_WITHIN = 1 << 16
-"""A piece is cut at a word's end among this many of its last characters."""
-LAST_WORD_END = re.compile(r".*\S(?=[ \n])", re.DOTALL)
-LONGEST_PIECE = 16 << 20
-"""Characters. Text without white space is cut here anyway, to bound memory."""
+
+class Corpus:
+    """The documents behind a source."""
+
+    def __init__(self, source: str | None, field: str = "text", end_of_text: str | None = None):
+        """As `DataConfig`'s source, text_field and end_of_text. Raises as `find`."""
+        self._field, self._end_of_text = field, end_of_text
+        self._hub = hub.Split(source) if source and source.startswith(hub.PREFIX) else None
+        self._paths, self._left_out = ([], Counter()) if self._hub else find(source, field)
+        self._kinds = [readers.kind(path, field) for path in self._paths]
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of text; None where only reading it would tell."""
+        plain = all(path.suffix.lower() not in readers.COMPRESSED for path in self._paths)
+        if self._hub or not plain or "a table" in self._kinds:
+            return None
+        return sum(path.stat().st_size for path in self._paths)
+
+    def identity(self) -> list[Any]:
+        """JSON values that are others for another text, or another way to read it."""
+        if self._hub:
+            return [self._hub.identity(), self._field]
+        stats = [(path, path.stat()) for path in self._paths]
+        found: list[Any] = [[(str(p.resolve()), s.st_size, s.st_mtime_ns) for p, s in stats]]
+        # gptjax 0.1 read as JSON what is called .jsonl, and nothing else.
+        kinds = zip(self._kinds, self._paths, strict=True)
+        if any((how == "text") == (path.suffix == ".jsonl") for how, path in kinds):
+            found.append(self._kinds)
+        return (
+            found
+            + [self._end_of_text] * bool(self._end_of_text)
+            + [f"field {self._field}"] * (self._field != "text")
+        )
+
+    def describe(self) -> str:
+        """How it is read, in a line: "3 files as text, 1 as JSON lines; left out: 2 hidden"; "":
+        just as one would expect."""
+        if self._hub or (self._kinds == ["text"] and not self._left_out):
+            return ""
+        kinds = Counter(self._kinds).most_common()
+        read = ", ".join(f"{count:,} as {name}" for name, count in kinds)
+        return f"files read: {read}{_listed('; left out', self._left_out)}"
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """Each as `readers.read` gives it, whose errors it raises."""
+        if self._hub:
+            for text in self._hub.texts(self._field):
+                yield iter([text])
+        for path in self._paths:
+            yield from readers.read(path, self._field)
+
+    def pieces(self, separator: str | None) -> Iterator[str | None]:
+        """The pieces of all documents, with `separator` between documents (None stands for the
+        end-of-text token). Raises as `documents`."""
+        mark, began, ended = self._end_of_text, False, False
+        for document in self.documents():
+            for piece in document:
+                # What ends a document within a file is a word, and no piece cuts a word.
+                for number, part in enumerate(piece.split(mark) if mark else [piece]):
+                    ended = ended or number > 0
+                    if part or not mark:
+                        if began and ended:
+                            yield separator
+                        began, ended = True, False
+                        yield part
+            ended = True
 
 
 def find_files(source: str | None) -> list[Path]:
@@ -43,10 +95,10 @@ def find_files(source: str | None) -> list[Path]:
     return find(source)[0]
 
 
-def find(source: str | None) -> tuple[list[Path], Counter[str]]:
+def find(source: str | None, field: str = "text") -> tuple[list[Path], Counter[str]]:
     """(the text files behind `source` (see `DataConfig.source`) in a fixed order, {reason: how many
-    files of a folder or a glob were left out}). Raises UserError if there are none, one is of a
-    kind that is not read, or Tiny Shakespeare could not be downloaded."""
+    files of a folder or a glob were left out}). `field`: of JSON. Raises UserError if there are
+    none, one is of a kind that is not read, or Tiny Shakespeare could not be downloaded."""
     if source is None:
         raise UserError(
             "the text that these weights were trained on is not known; name the text to train on"
@@ -63,25 +115,27 @@ def find(source: str | None) -> tuple[list[Path], Counter[str]]:
             [*path.rglob("*")] if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
         )
         found = [p for p in inside if p.is_file()]
-        reasons = {p: _why_not(p, path) for p in found}
+        reasons = {p: _why_not(p, path, field) for p in found}
         left_out = Counter(filter(None, reasons.values()))
         found = [p for p in found if not reasons[p]]
     if not found:
         raise UserError(
             f"no text at {source!r}: expected builtin (if this Python has its library's source),"
-            " shakespeare, or on a disk of this machine a .txt or .jsonl file, a folder with some,"
-            f" or a glob of them{_listed('; left out', left_out)}"
+            " shakespeare, hf://OWNER/NAME:SPLIT, or on a disk of this machine a text file (.txt),"
+            " JSON lines (.jsonl) or a table (.parquet), a folder with some, or a glob of them"
+            f"{_listed('; left out', left_out)}"
         )
     for p in found:
-        if p.suffix.lower() in UNREAD:
+        if readers.ending(p) in UNREAD:
             raise UserError(
                 f"{p} is a {p.suffix} file, which is not read; convert it to text (.txt) or to JSON"
-                " lines (.jsonl), an object with a string `text` a line"
+                f" lines (.jsonl), an object with a string `{field}` a line"
             )
-        if p.suffix.lower() == ".json" and kind(p) == "text":
+        if readers.ending(p) == ".json" and readers.kind(p, field) == "text":
             raise UserError(
-                f"{p} is neither an array of objects with a string `text` nor such an object a line"
-                " (if it is to be read as it is, call it .txt)"
+                f"{p} is neither an array of objects with a string `{field}` nor such an object a"
+                " line (--data.text-field names the field; if it is to be read as it is, call it"
+                " .txt)"
             )
     return sorted(found), left_out
 
@@ -99,9 +153,9 @@ def _is_file(path: Path) -> bool:
     return path.is_file()
 
 
-def _why_not(path: Path, root: Path) -> str:
+def _why_not(path: Path, root: Path, field: str) -> str:
     """Why a file of the folder or glob `root` is left out; "": it is not."""
-    folder, suffix = root.is_dir(), path.suffix.lower()
+    folder, suffix = root.is_dir(), readers.ending(path)
     if folder and any(part.startswith(".") for part in path.relative_to(root).parts):
         return "hidden"
     if path.stat().st_size == 0:
@@ -111,37 +165,10 @@ def _why_not(path: Path, root: Path) -> str:
     for run in inside | beside:
         if (run / "checkpoints").is_dir() and (run / "config.json").is_file():
             return "of a run"
-    if folder and (suffix not in READ or (suffix == ".json" and kind(path) == "text")):
+    unread = suffix == ".json" and readers.kind(path, field) == "text"
+    if folder and (unread or suffix not in readers.READ):
         return suffix or "without an ending"
     return ""
-
-
-def kind(path: Path) -> Literal["text", "JSON lines", "a JSON array"]:
-    """How a file is read: by its name's ending, and by its beginning."""
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
-        return "JSON lines"
-    try:
-        with path.open("rb") as file:
-            read = iter(lambda: file.readline(LONGEST_PIECE), b"")
-            content = (line.removeprefix(codecs.BOM_UTF8).strip() for line in read)
-            lines = list(itertools.islice(filter(None, content), 2))
-    except OSError:
-        return "text"  # whose reader says what is wrong
-    if path.suffix.lower() == ".json" and lines and lines[0].startswith(b"["):
-        return "a JSON array"
-    try:
-        found = [json.loads(line) for line in lines if line.startswith(b"{")]
-    except (ValueError, RecursionError):
-        return "text"
-    texts = [item for item in found if isinstance(item, dict) and "text" in item]
-    return "JSON lines" if texts and len(texts) == len(lines) else "text"
-
-
-def describe(paths: list[Path], left_out: Counter[str]) -> str:
-    """How the files are read, in a line: "3 files as text, 1 as JSON lines; left out: 2 hidden"."""
-    kinds = Counter(kind(path) for path in paths)
-    read = ", ".join(f"{count:,} as {name}" for name, count in kinds.most_common())
-    return f"files read: {read}{_listed('; left out', left_out)}"
 
 
 def _listed(what: str, counts: Counter[str]) -> str:
@@ -180,122 +207,3 @@ def _shakespeare() -> Path:
             f"{path} is not Tiny Shakespeare: {error}; put the file from {SHAKESPEARE_URL} there"
         ) from None
     return path
-
-
-def read_documents(paths: list[Path]) -> Iterator[Iterator[str]]:
-    """Each document as an iterator of pieces. A document is a whole file, or one
-    line or item of JSON.
-
-    The pieces of a document join to its text. They end where every tokenizer ends a token anyway,
-    before the white space that follows a word, so tokens do not depend on how a text is cut.
-
-    Raises UserError if a file is empty or not UTF-8 text, or a line or item of JSON has no `text`.
-    """
-    for path in paths:
-        if (how := kind(path)) == "text":
-            yield _cut(_checked(path, _decode(path)))
-        else:
-            texts = _jsonl_texts(path) if how == "JSON lines" else _array_texts(path)
-            for text in _checked(path, texts):
-                yield iter([text])
-
-
-def read_pieces(
-    paths: list[Path], separator: str | None, end_of_text: str | None = None
-) -> Iterator[str | None]:
-    """The pieces of all documents, with `separator` between documents (None stands for the
-    end-of-text token). `end_of_text`: what ends a document within a file, a word by itself. Raises
-    as `read_documents`."""
-    if end_of_text is None:
-        for number, document in enumerate(read_documents(paths)):
-            if number:
-                yield separator
-            yield from document
-        return
-    began = ended = False
-    for document in read_documents(paths):
-        for piece in document:  # which cuts no word
-            for number, part in enumerate(piece.split(end_of_text)):
-                ended = ended or number > 0
-                if part:
-                    if began and ended:
-                        yield separator
-                    began, ended = True, False
-                    yield part
-        ended = True
-
-
-def _checked(path: Path, texts: Iterator[str]) -> Iterator[str]:
-    empty = True
-    try:
-        for text in texts:
-            empty = False
-            yield text
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if empty:
-        raise UserError(f"{path} is empty; expected text")
-
-
-def _decode(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a byte order mark is not text
-    with path.open("rb") as file:
-        for block in itertools.chain(iter(lambda: file.read(READ_BYTES), b""), [b""]):
-            try:
-                if (nul := block.find(b"\0")) >= 0:  # UTF-8 has it, texts have not
-                    raise UnicodeDecodeError("utf-8", block, nul, nul + 1, "NUL")
-                if text := decoder.decode(block, final=not block):
-                    yield text
-            except UnicodeDecodeError as error:
-                at = file.tell() - len(error.object) + error.start
-                raise files.not_utf8(str(path), error.object[error.start], at) from None
-
-
-def _jsonl_texts(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                text = _text(json.loads(line))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                raise UserError(
-                    f"{path}, line {number} is not a JSON object in UTF-8 with a string `text`:"
-                    f" {line[:80].decode(errors='replace').strip()}"
-                ) from None
-            yield text
-
-
-def _array_texts(path: Path) -> Iterator[str]:
-    for number, item in enumerate(files.read_json(path), 1):
-        try:
-            text = _text(item)
-        except (LookupError, TypeError, AttributeError):
-            raise UserError(
-                f"{path}, item {number} of its array is not an object with a string `text`:"
-                f" {quoted(item)[:80]}"
-            ) from None
-        yield text
-
-
-def _text(item: Any) -> str:
-    # JSON can spell half of a surrogate pair, which UTF-8 cannot.
-    return item["text"].encode("utf-8", "replace").decode()
-
-
-def _cut(texts: Iterator[str]) -> Iterator[str]:
-    rest = ""
-    for text in texts:
-        rest += text
-        near = max(0, len(rest) - CUT_WITHIN)
-        if word := LAST_WORD_END.match(rest, near):
-            cut = word.end()
-        else:
-            cut = len(rest) if len(rest) > LONGEST_PIECE else 0
-        if cut:
-            yield rest[:cut]
-            rest = rest[cut:]
-    if rest:
-        yield rest

@@ -16,7 +16,8 @@ from rich.progress import Progress
 
 from gptjax import files
 from gptjax.config import DataConfig
-from gptjax.data import corpus, tokenizers
+from gptjax.data import tokenizers
+from gptjax.data.corpus import Corpus
 from gptjax.data.token_files import file_name, read_tokenizer
 from gptjax.data.tokenizers import (
     END_OF_TEXT,
@@ -56,16 +57,15 @@ def prepare(
         )
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder or delete it")
-    paths, left_out = corpus.find(config.source)
-    how = corpus.describe(paths, left_out)
-    if how != "files read: 1 as text":
+    text = corpus_of(config)
+    if how := text.describe():
         console.print(how)
     try:
         with (
             files.new_folder(out) as folder,
             Progress(console=console, disable=not console.is_terminal) as progress,
         ):
-            meta = _prepare_into(folder, config, paths, progress, tokenizer, shard_tokens)
+            meta = _prepare_into(folder, config, text, progress, tokenizer, shard_tokens)
     except OSError as error:
         if out.exists():
             return  # another process of this run made the same set meanwhile
@@ -79,24 +79,23 @@ def prepare(
 def _prepare_into(
     folder: Path,
     config: DataConfig,
-    paths: list[Path],
+    text: Corpus,
     progress: Progress,
     tokenizer: Tokenizer | None,
     shard_tokens: int | None,
 ) -> dict[str, Any]:
     """Write the files of a set; what its meta.json holds."""
-    size = sum(path.stat().st_size for path in paths)
     separator = "\n" if (tokenizer.kind if tokenizer else config.tokenizer) == "char" else None
 
-    def pieces(description: str, total: int) -> Iterator[str | None]:
+    def pieces(description: str, total: int | None) -> Iterator[str | None]:
         task = progress.add_task(description, total=total)
-        for piece in corpus.read_pieces(paths, separator, config.end_of_text):
+        for piece in text.pieces(separator):
             yield piece
             progress.advance(task, len(piece or ""))
-        progress.update(task, completed=total)
+        progress.update(task, total=total or 1, completed=total or 1)
 
-    reading = pieces("reading the text", size)
-    characters, marks, tokenizer = _survey(config, reading, size, tokenizer)
+    reading = pieces("reading the text", text.size)
+    characters, marks, tokenizer = _survey(config, reading, text.size, tokenizer)
     if marks:
         progress.console.print(
             f"note: the text has {END_OF_TEXT} in {marks:,} places, as characters;"
@@ -175,15 +174,15 @@ class _Writer:
 
 
 def _survey(
-    config: DataConfig, pieces: Iterator[str | None], size: int, tokenizer: Tokenizer | None
+    config: DataConfig, pieces: Iterator[str | None], size: int | None, tokenizer: Tokenizer | None
 ) -> tuple[int, int, Tokenizer]:
     """Read all of the text once: (its characters, how often it spells GPT-2's end-of-text token,
     `tokenizer` or a new one for this text)."""
     kind = None if tokenizer else config.tokenizer
-    characters, marks, alphabet, sample = 0, 0, set[str](), list[str]()
+    characters, marks, alphabet, sample, taken = 0, 0, set[str](), list[str](), 0
     # The sample takes an equal share of every part of the text: the beginning of each long piece,
     # and one in so many short pieces, whole.
-    share, owed = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size)), 0.0
+    share, owed = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size or 0)), 0.0
     for piece in pieces:
         piece = piece or ""
         characters += len(piece)
@@ -195,6 +194,10 @@ def _survey(
             if piece and owed >= min(len(piece), 1000):
                 sample.append(piece[: math.ceil(owed)])
                 owed -= len(sample[-1])
+                taken += len(sample[-1])
+                if taken > 2 * SENTENCEPIECE_SAMPLE:  # of a text whose size was not known
+                    sample, share = sample[::2], share / 2
+                    taken = sum(map(len, sample))
     if kind == "char":
         tokenizer = CharTokenizer("".join(sorted(alphabet)))
     elif kind == "sentencepiece":
@@ -202,13 +205,17 @@ def _survey(
     return characters, marks, tokenizer or Gpt2Tokenizer()
 
 
+def corpus_of(config: DataConfig) -> Corpus:
+    """Raises UserError: there is no such text."""
+    return Corpus(config.source, config.text_field, config.end_of_text)
+
+
 def make_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `prepare` would make for this text. Raises as `prepare`."""
     if config.tokenizer == "gpt2":
         return Gpt2Tokenizer()
-    paths = corpus.find_files(config.source)
-    pieces = corpus.read_pieces(paths, None, config.end_of_text)
-    return _survey(config, pieces, sum(path.stat().st_size for path in paths), None)[2]
+    text = corpus_of(config)
+    return _survey(config, text.pieces(None), text.size, None)[2]
 
 
 def _encode(
@@ -248,21 +255,13 @@ def default_name(config: DataConfig) -> str:
 def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """data/NAME-TOKENIZER-DIGEST: another text, setting or given tokenizer has another folder.
     Raises UserError if there is no text."""
-    paths = corpus.find_files(config.source)
-    stats = [(p, p.stat()) for p in paths]
-    recipe: list[Any] = [config.tokenizer, config.val_fraction]
-    recipe.append([(str(p.resolve()), stat.st_size, stat.st_mtime_ns) for p, stat in stats])
+    what, *how = corpus_of(config).identity()
+    recipe: list[Any] = [config.tokenizer, config.val_fraction, what]
     if tokenizer:
         recipe.append(tokenizer.state())
     elif config.tokenizer == "sentencepiece":
         recipe.append(config.sentencepiece_vocab_size)
-    # gptjax 0.1 read as JSON what is called .jsonl, and nothing else.
-    kinds = [corpus.kind(path) for path in paths]
-    if any((how == "text") == (p.suffix == ".jsonl") for how, p in zip(kinds, paths, strict=True)):
-        recipe.append(kinds)
-    if config.end_of_text:
-        recipe.append(config.end_of_text)
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(recipe + how).encode()).hexdigest()[:8]
     return Path("data") / f"{default_name(config)}-{digest}"
 
 

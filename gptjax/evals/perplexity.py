@@ -11,8 +11,9 @@ import numpy as np
 
 from gptjax import files
 from gptjax.config import ModelConfig
-from gptjax.data import corpus, token_files
+from gptjax.data import token_files
 from gptjax.data.batches import Tokens, windows_over
+from gptjax.data.corpus import Corpus
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import hosts
 from gptjax.errors import UserError
@@ -68,7 +69,7 @@ def read_text(source: str, tokenizer: Tokenizer, end_of_text: str | None = None)
     separator = "\n" if tokenizer.eot is None else None
     tokens = np.concatenate([
         np.array([tokenizer.eot], np.int32) if piece is None else tokenizer.encode(piece)
-        for piece in corpus.read_pieces(corpus.find_files(source), separator, end_of_text)
+        for piece in Corpus(source, end_of_text=end_of_text).pieces(separator)
     ])  # fmt: skip
     return _text(source, tokens, tokenizer, hashlib.sha256(tokens.tobytes()).hexdigest())
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.data import corpus
+from gptjax.data.corpus import Corpus
 from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import UserError
 from gptjax.layers import sinusoids
@@ -643,8 +643,7 @@ def _examples(own: Tokenizer) -> Iterable[tuple[str, Tokenizer | None]]:
     if own.kind == "sentencepiece":
         yield "pieces", own
     else:
-        paths = corpus.find_files("builtin")
-        pieces = corpus.read_pieces(paths, "\n", None)
+        pieces = Corpus("builtin").pieces("\n")
         text, taken = [], 0
         while taken < PIECES_FROM:
             text.append(next(pieces) or "")

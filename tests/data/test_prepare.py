@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from gptjax import files
 from gptjax.config import DataConfig
-from gptjax.data import corpus, prepare, tokenizers
+from gptjax.data import corpus, prepare, readers, tokenizers
 from gptjax.data.token_files import load
 from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer
 from gptjax.errors import RunError, UserError
@@ -59,7 +60,7 @@ def test_tokens_do_not_depend_on_how_the_text_is_read(
     """The property that makes streaming exact, for both tokenizers that merge characters."""
     for tokenizer in (byte_pairs, sentence_pieces):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(corpus, "READ_BYTES", size)
+            patch.setattr(readers, "READ_BYTES", size)
             folder = make_set(tmp_path_factory.mktemp("t"), text, tokenizer=tokenizer)
         n_train = int(len(text) * 0.9)
         for split, part in (("train", text[:n_train]), ("val", text[n_train:])):
@@ -271,16 +272,16 @@ def test_another_text_setting_or_tokenizer_gets_another_folder(tmp_path, monkeyp
     assert first.name.startswith("my_text-char-")
     assert folder("sentencepiece").name.startswith("my_text-sentencepiece4096-")
     others = [folder("gpt2"), folder("sentencepiece"), folder(val_fraction=0.2)]
-    others.append(folder(end_of_text="<|e|>"))
+    others += [folder(end_of_text="<|e|>"), folder(text_field="body")]
     others += [folder(given=tokenizer) for tokenizer in (byte_pairs, CharTokenizer("ab"))]
     (tmp_path / "my text.txt").write_text(TEXT + "more")
     others.append(folder())
-    assert len({first, *others}) == 8
+    assert len({first, *others}) == 9
 
 
 def test_the_default_folder_is_that_of_the_first_edition(tmp_path, monkeypatch):
     """Sets that it prepared are found again."""
-    monkeypatch.setattr(prepare.corpus, "find_files", lambda source: [])
+    monkeypatch.setattr(corpus, "find", lambda *_: ([], Counter()))
     names = [
         str(prepare.default_dir(DataConfig("t.txt", tokenizer=kind), tokenizer))
         for kind in ("char", "gpt2", "sentencepiece")
