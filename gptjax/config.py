@@ -162,7 +162,8 @@ class DataConfig(Config):
     sentencepiece_vocab_size: int = 4096
     """Vocabulary of the sentencepiece model, in pieces."""
     val_fraction: float = 0.1
-    """Share of the text's characters, at its end, held out for validation, in (0, 1)."""
+    """Share of the text's characters, at its end, held out for validation, in [0, 1). 0: none;
+    there are no validation losses then, and the best checkpoint is the newest."""
     dir: str | None = None
     """Use this prepared folder as it is (also nanoGPT's train.bin, val.bin, meta.pkl). None:
     prepare `source` under data/."""
@@ -170,6 +171,8 @@ class DataConfig(Config):
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>". None: a document is a file, or a
     line of JSON."""
+    val_source: str | None = None
+    """A text of its own for validation, as `source`; all of `source` is for training then."""
     text_field: str = "text"
     """Field that holds the text, of JSON or a table; "meta.body" is the field body of meta."""
 
@@ -183,8 +186,8 @@ class DataConfig(Config):
             out.append("data.source is empty; name a file, a folder or a glob")
         if self.dir == "":
             out.append("data.dir is empty; name a prepared folder")
-        if not 0 < self.val_fraction < 1:
-            out.append(f"data.val_fraction {self.val_fraction} is outside (0, 1)")
+        if not 0 <= self.val_fraction < 1:
+            out.append(f"data.val_fraction {self.val_fraction} is outside [0, 1)")
         return out
 
 

@@ -128,7 +128,7 @@ def measure(
             break
     seconds = statistics.median(np.diff(times[2:]).tolist())
     tokens = config.batch_size * config.model.block_size
-    if not evaluates:
+    if not evaluates or not len(dataset.val):
         return Speed(config.model, tokens, seconds)
     compute = setup.resolve_compute(config.model, runtime, train=False)[0]
     losses = strategy.map_eval_step(

@@ -72,9 +72,9 @@ class History(Callback):
 
 
 def bytes_per_token(dataset: Dataset) -> float:
-    """UTF-8 bytes in a token of the validation text, on average. The token that ends a document is
-    one too, and has none."""
-    val, tokenizer = dataset.val, dataset.tokenizer
+    """UTF-8 bytes in a token of the validation text (or else the training text), on average. The
+    token that ends a document is one too, and has none."""
+    val, tokenizer = dataset.val if len(dataset.val) else dataset.train, dataset.tokenizer
     count = total = 0
     for start in range(0, len(val), max(BLOCK, len(val) // BLOCKS)):
         tokens = np.asarray(val[start : start + BLOCK])

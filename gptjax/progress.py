@@ -134,6 +134,8 @@ class ProgressDisplay(Callback):
 
     def on_evaluate(self, trainer: Trainer, row: Row, best: bool) -> None:
         self.begin("")
+        if "val_loss" not in row:
+            return
         loss = f"{row['val_loss']:.4f}"
         before, self._val_loss = len(self._val_loss), [(f"val loss {loss}", f"val {loss}")]
         self._line.fields[2 : 2 + before] = self._val_loss * bool(self._line.fields)

@@ -64,7 +64,8 @@ class Callback:
         no other numbers (None)."""
 
     def on_evaluate(self, trainer: "Trainer", row: Row, best: bool) -> None:
-        """`row` has a `val_loss`; a checkpoint, if one is due, has been started."""
+        """`row` has a `val_loss`, if there is a text for validation; a checkpoint, if one is due,
+        has been started."""
 
     def on_sample(self, trainer: "Trainer", step: int, text: str) -> None:
         """The model of `step` steps has continued a line end so."""
@@ -157,6 +158,8 @@ class Trainer:
             RunError: it is not finite.
         """
         tokens, model = self.dataset.val, self.config.model
+        if not self.start.eval_windows:  # only asked whether it is finite
+            tokens = self.dataset.train
         total = window_loss(
             functools.partial(self._eval_step, self.state.params),
             tokens,
@@ -241,6 +244,8 @@ class Trainer:
         self._call("on_end")
 
     def _evaluate_untrained(self) -> None:
+        if not self.start.eval_windows:
+            return
         with self.clock.paused():
             self._call("on_phase", "evaluating the untrained model")
             loss = self.evaluate(self.start.eval_windows)
@@ -338,7 +343,8 @@ class Trainer:
         """Evaluate, report, save and stop, whatever of it is due after a step. `saved`: the
         checkpoint was written before an earlier stop, and only its evaluation is missing."""
         step, loss, best, unfinished = row["step"], None, False, None
-        if saved or self._evaluates_at(step):
+        due = saved or self._evaluates_at(step)
+        if due and self.start.eval_windows:
             if not stop:
                 with self.clock.paused():
                     self._call("on_phase", "evaluating")
@@ -362,7 +368,7 @@ class Trainer:
                 if loss is None and not stop and self.evaluate(self._eval_batch_size) is None:
                     stop = self._signal()
                 self.save(step, loss, unfinished)
-            if loss is not None:
+            if due and not unfinished and (loss is not None or not stop):
                 self._call("on_evaluate", row, best)
         self.stopped_by = stop
 

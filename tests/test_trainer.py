@@ -10,11 +10,12 @@ import numpy_gpt
 import pytest
 import tiny_runs
 from helpers import assert_same_run, logged
+from rich.console import Console
 
 import gptjax
 from gptjax import config_io, run_metadata
 from gptjax.checkpoint import Checkpoints
-from gptjax.data import token_files
+from gptjax.data import prepare, token_files
 from gptjax.errors import RunError, UserError
 
 
@@ -108,6 +109,24 @@ def test_save_and_eval_intervals_are_independent(tiny, train_tiny, tmp_path):
     # The training is the same, whatever is saved and evaluated.
     ours, expected = ([row["train_loss"] for row in r.rows[1:]] for r in (recorder, tiny.recorder))
     assert ours == expected
+
+
+def test_without_validation_a_run_trains_saves_and_resumes_the_same(tiny, train_tiny, tmp_path):
+    """Its batches and its steps are those of another run, only nothing is evaluated."""
+    data = tiny.config.data.replace(dir=None, val_fraction=0.0)
+    prepare.prepare(data, tmp_path / "set", Console(quiet=True))
+    config = tiny.config.replace(data=data.replace(dir=str(tmp_path / "set")))
+    recorder = train_tiny(config, tmp_path / "run")
+    assert [row["step"] for row in recorder.rows] == [*range(1, 13)]
+    assert not any("val_loss" in row for row in recorder.rows)
+    assert [e for e in recorder.events if "evaluate" in e] == [
+        ("evaluate", n, False) for n in (4, 8, 12)
+    ]
+    assert gptjax.load(tmp_path / "run").step == 12  # the newest, as there is no best
+    stopped = train_tiny(config, tmp_path / "stopped", tiny_runs.Recorder(stop_after=6))
+    assert stopped.trainer.stopped_by
+    train_tiny(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "run", 12)
 
 
 class Poison(gptjax.Callback):

@@ -19,7 +19,9 @@ class DataFlags(Config):
     sentencepiece_vocab_size: int = DataConfig.sentencepiece_vocab_size
     """Vocabulary of the sentencepiece model, in pieces."""
     val_fraction: float = DataConfig.val_fraction
-    """Share of the text's characters, at its end, held out for validation, in (0, 1)."""
+    """Share of the text's characters, at its end, held out for validation, in [0, 1)."""
+    val_source: str | None = None
+    """A text of its own for validation; all of SOURCE is for training then."""
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>"."""
     text_field: str = DataConfig.text_field
@@ -33,7 +35,7 @@ class DataFlags(Config):
         """The same as a run's settings."""
         return DataConfig(
             source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction,
-            end_of_text=self.end_of_text, text_field=self.text_field,
+            end_of_text=self.end_of_text, val_source=self.val_source, text_field=self.text_field,
         )  # fmt: skip
 
     def problems(self) -> list[str]:

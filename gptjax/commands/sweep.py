@@ -62,6 +62,8 @@ def main(argv: list[str], prog: str) -> None:
     )
     if runtime.dry_run or prints:
         raise UserError("--dry-run and --print-config are about one run; use train")
+    if not (config.data.val_fraction or config.data.val_source or config.data.dir):
+        raise UserError("a sweep compares validation losses; give a val_fraction or a val_source")
     folder = files.path(runtime.run_dir or "")
     if terminal.is_run(folder):
         raise UserError(f"{folder} is a run; name another folder for the sweep with --run-dir")

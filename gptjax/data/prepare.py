@@ -1,6 +1,7 @@
 """Text into token files, in one streaming pass over any amount of text (see `token_files`)."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -86,36 +87,58 @@ def _prepare_into(
 ) -> dict[str, Any]:
     """Write the files of a set; what its meta.json holds."""
     separator = "\n" if (tokenizer.kind if tokenizer else config.tokenizer) == "char" else None
+    held_out = _held_out(config)
 
-    def pieces(description: str, total: int | None) -> Iterator[str | None]:
+    def pieces(of: Corpus, description: str, total: int | None) -> Iterator[str | None]:
         task = progress.add_task(description, total=total)
-        for piece in text.pieces(separator):
+        for piece in of.pieces(separator):
             yield piece
             progress.advance(task, len(piece or ""))
         progress.update(task, total=total or 1, completed=total or 1)
 
-    reading = pieces("reading the text", text.size)
-    characters, marks, tokenizer = _survey(config, reading, text.size, tokenizer)
+    tokenizer = tokenizer or (Gpt2Tokenizer() if config.tokenizer == "gpt2" else None)
+    n_train: float = math.inf
+    total = None
+    if tokenizer is None or (config.val_fraction and not held_out):
+        reading = pieces(text, "reading the text", text.size)
+        if held_out:
+            more = pieces(held_out, "reading the validation text", held_out.size)
+            reading = itertools.chain(reading, more)
+        total, tokenizer = _survey(config, reading, text.size, tokenizer)
+        n_train = math.inf if held_out else int(total * (1 - config.val_fraction))
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+    parts = [(pieces(text, f"tokenising ({tokenizer.kind})", total or text.size), n_train)]
+    if held_out:
+        parts.append((pieces(held_out, "tokenising the validation text", held_out.size), 0))
+    characters = marks = 0
+
+    def counted(piece: str | None) -> str | None:
+        nonlocal characters, marks
+        characters += len(piece or "")
+        marks += (piece or "").count(END_OF_TEXT)
+        return piece
+
+    with (
+        _Writer(folder, "train", dtype, shard_tokens) as train,
+        _Writer(folder, "val", dtype, shard_tokens) as val,
+    ):
+        for part, for_train in parts:
+            for ids, held in _encode(map(counted, part), for_train, tokenizer):
+                train.write(ids)
+                val.write(held)
+        if not val.written:
+            (folder / file_name("val", 0 if shard_tokens else None)).touch()
     if marks:
         progress.console.print(
             f"note: the text has {END_OF_TEXT} in {marks:,} places, as characters;"
             f" --data.end-of-text '{END_OF_TEXT}' makes them ends of documents"
         )
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    n_train = int(characters * (1 - config.val_fraction))
-    again = pieces(f"tokenising ({tokenizer.kind})", characters)
-    with (
-        _Writer(folder, "train", dtype, shard_tokens) as train,
-        _Writer(folder, "val", dtype, shard_tokens) as val,
-    ):
-        for for_train, for_val in _encode(again, n_train, tokenizer):
-            train.write(for_train)
-            val.write(for_val)
-    n_train, n_val = train.written, val.written
-    if min(n_train, n_val) < 2:
+    n_val = val.written
+    validates = held_out is not None or config.val_fraction > 0
+    if min(train.written, n_val if validates else 2) < 2:
         raise UserError(
-            f"{config.source} gives {n_train} training and {n_val} validation tokens; expected at"
-            " least 2 of each: use more text or another val_fraction"
+            f"{config.source} gives {train.written} training and {n_val} validation tokens;"
+            " expected at least 2 of each: use more text or another val_fraction"
         )
     meta = {
         "source": config.source,
@@ -123,7 +146,7 @@ def _prepare_into(
         "vocab_size": tokenizer.n_vocab,
         "dtype": dtype.name,
         "characters": characters,
-        "train_tokens": n_train,
+        "train_tokens": train.written,
         "val_tokens": n_val,
     }
     if shard_tokens:
@@ -175,18 +198,16 @@ class _Writer:
 
 def _survey(
     config: DataConfig, pieces: Iterator[str | None], size: int | None, tokenizer: Tokenizer | None
-) -> tuple[int, int, Tokenizer]:
-    """Read all of the text once: (its characters, how often it spells GPT-2's end-of-text token,
-    `tokenizer` or a new one for this text)."""
+) -> tuple[int, Tokenizer]:
+    """Read all of the text once: (its characters, `tokenizer` or a new one for this text)."""
     kind = None if tokenizer else config.tokenizer
-    characters, marks, alphabet, sample, taken = 0, 0, set[str](), list[str](), 0
+    characters, alphabet, sample, taken = 0, set[str](), list[str](), 0
     # The sample takes an equal share of every part of the text: the beginning of each long piece,
     # and one in so many short pieces, whole.
     share, owed = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size or 0)), 0.0
     for piece in pieces:
         piece = piece or ""
         characters += len(piece)
-        marks += piece.count(END_OF_TEXT)
         if kind == "char":
             alphabet.update(piece)
         elif kind == "sentencepiece":
@@ -202,7 +223,7 @@ def _survey(
         tokenizer = CharTokenizer("".join(sorted(alphabet)))
     elif kind == "sentencepiece":
         tokenizer = SentencePieceTokenizer.train(sample, config.sentencepiece_vocab_size)
-    return characters, marks, tokenizer or Gpt2Tokenizer()
+    return characters, tokenizer or Gpt2Tokenizer()
 
 
 def corpus_of(config: DataConfig) -> Corpus:
@@ -210,27 +231,35 @@ def corpus_of(config: DataConfig) -> Corpus:
     return Corpus(config.source, config.text_field, config.end_of_text)
 
 
+def _held_out(config: DataConfig) -> Corpus | None:
+    """The text for validation, where that is one of its own."""
+    if config.val_source is None:
+        return None
+    return Corpus(config.val_source, config.text_field, config.end_of_text)
+
+
 def make_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `prepare` would make for this text. Raises as `prepare`."""
     if config.tokenizer == "gpt2":
         return Gpt2Tokenizer()
-    text = corpus_of(config)
-    return _survey(config, text.pieces(None), text.size, None)[2]
+    text, held_out = corpus_of(config), _held_out(config)
+    pieces = itertools.chain(text.pieces(None), held_out.pieces(None) if held_out else ())
+    return _survey(config, pieces, text.size, None)[1]
 
 
 def _encode(
-    pieces: Iterator[str | None], n_train: int, tokenizer: Tokenizer
+    pieces: Iterator[str | None], n_train: float, tokenizer: Tokenizer
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids for training, for validation) of each piece: the first `n_train` characters are for
     training, as in nanoGPT. On all cores: tiktoken and sentencepiece release the GIL."""
     none = np.zeros(0, np.int32)
 
-    def encode(piece: str | None, left: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode(piece: str | None, left: float) -> tuple[np.ndarray, np.ndarray]:
         """`left`: so many more characters are for training."""
         if piece is None:
             end = np.array([tokenizer.eot], np.int32)
             return (end, none) if left > 0 else (none, end)
-        cut = max(0, left)
+        cut = int(max(0, min(left, len(piece))))
         return tokenizer.encode(piece[:cut]), tokenizer.encode(piece[cut:])
 
     left, pending = n_train, deque[Future[tuple[np.ndarray, np.ndarray]]]()
@@ -261,7 +290,10 @@ def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
         recipe.append(tokenizer.state())
     elif config.tokenizer == "sentencepiece":
         recipe.append(config.sentencepiece_vocab_size)
-    digest = hashlib.sha256(json.dumps(recipe + how).encode()).hexdigest()[:8]
+    recipe += how
+    if held_out := _held_out(config):
+        recipe += ["validation", *held_out.identity()]
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     return Path("data") / f"{default_name(config)}-{digest}"
 
 

@@ -87,9 +87,10 @@ def file_name(split: str, shard: int | None) -> str:
 
 def _files_of(split: str, n_tokens: int, shard_tokens: int | None) -> Iterator[tuple[str, int]]:
     """(name, tokens in it) of each file; of shards all have `shard_tokens` but the last."""
-    for shard, start in enumerate(range(0, n_tokens, shard_tokens or n_tokens)):
+    size = shard_tokens or max(1, n_tokens)
+    for shard, start in enumerate(range(0, max(1, n_tokens), size)):
         name = file_name(split, shard if shard_tokens else None)
-        yield name, min(shard_tokens or n_tokens, n_tokens - start)
+        yield name, min(size, n_tokens - start)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,9 @@ def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
     for split in SPLITS:
         # Of nanoGPT's sets the length is not recorded. One token is nothing to predict.
         unrecorded = sizes.get(f"{split}.bin", 0) // dtype.itemsize
-        n_tokens = max(2, meta.get(f"{split}_tokens", unrecorded))
+        n_tokens = meta.get(f"{split}_tokens", unrecorded)
+        # There may be no text for validation.
+        n_tokens = n_tokens if n_tokens == 0 and split == "val" else max(2, n_tokens)
         paths, counts = list[Path](), list[int]()
         for name, expected in _files_of(split, n_tokens, meta.get("shard_tokens")):
             paths.append(folder / name)
@@ -199,7 +202,7 @@ def _digest_sample(tokens: Split, digest: Any) -> int:
         some = starts[i : i + READ_AT_ONCE]
         for part in tokens.read([(start, min(start + block, len(tokens))) for start in some]):
             digest.update(part.tobytes())
-            largest = max(largest, int(part.max()))
+            largest = max(largest, int(part.max(initial=0)))
     return largest
 
 

@@ -88,6 +88,8 @@ def read_split(
     if dataset.fingerprint != fingerprint:
         raise UserError(f"the tokens in {folder} are not those of the run; name a text with --text")
     tokens = dataset.train if split == "train" else dataset.val
+    if not len(tokens):
+        raise UserError("the run's data have no text for validation; name one with --text")
     return _text(f"the {split} split", tokens, tokenizer, dataset.fingerprint)
 
 

@@ -39,13 +39,15 @@ def make_set():
     """Prepare `text` in `folder`, with `tokenizer` or a new one of this kind; the new folder."""
 
     def make(
-        folder: Path, text=TEXT, name="text.txt", kind="char", tokenizer=None, val=0.1
-    ) -> Path:
+        folder: Path, text=TEXT, name="text.txt", kind="char", tokenizer=None, val=0.1,
+        shard_tokens=None, **more,
+    ) -> Path:  # fmt: skip
+        folder.mkdir(exist_ok=True)
         (folder / name).write_text(text)
         config = DataConfig(
-            str(folder / name), kind, sentencepiece_vocab_size=400, val_fraction=val
+            str(folder / name), kind, sentencepiece_vocab_size=400, val_fraction=val, **more
         )
-        prepare(config, folder / "set", Console(quiet=True), tokenizer)
+        prepare(config, folder / "set", Console(quiet=True), tokenizer, shard_tokens)
         return folder / "set"
 
     return make

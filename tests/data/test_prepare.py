@@ -68,6 +68,28 @@ def test_tokens_do_not_depend_on_how_the_text_is_read(
             assert ids.tolist() == tokenizer.encode(part).tolist()
 
 
+@pytest.mark.parametrize("shard_tokens", [None, 100])
+def test_a_text_may_be_for_training_as_a_whole(tmp_path, make_set, byte_pairs, shard_tokens):
+    for tokenizer in (None, byte_pairs):
+        folder = tmp_path / ("pairs" if tokenizer else "char")
+        dataset = load(make_set(folder, val=0, tokenizer=tokenizer, shard_tokens=shard_tokens))
+        assert len(dataset.val) == 0 and dataset.val[:].tolist() == []
+        assert dataset.tokenizer.decode(dataset.train[:]) == TEXT
+
+
+def test_validation_may_have_a_text_of_its_own(tmp_path, make_set, byte_pairs, sentence_pieces):
+    (tmp_path / "held_out.jsonl").write_text('{"text": "other né"}\n{"text": "text"}')
+    for tokenizer in (None, byte_pairs, sentence_pieces):
+        folder = tmp_path / (tokenizer.kind if tokenizer else "char")
+        held_out = str(tmp_path / "held_out.jsonl")
+        dataset = load(make_set(folder, val_source=held_out, tokenizer=tokenizer))
+        decode, encode = dataset.tokenizer.decode, dataset.tokenizer.encode
+        assert decode(dataset.train[:]) == TEXT
+        between = encode("\n") if tokenizer is None else [tokenizer.eot]
+        expected = [*encode("other né"), *between, *encode("text")]
+        assert dataset.val[:].tolist() == expected
+
+
 @needs_shakespeare
 def test_shakespeare_by_character_has_nanogpts_counts(tmp_path):
     prepare.prepare(DataConfig(source=str(SHAKESPEARE)), tmp_path / "set", QUIET)
@@ -273,10 +295,11 @@ def test_another_text_setting_or_tokenizer_gets_another_folder(tmp_path, monkeyp
     assert folder("sentencepiece").name.startswith("my_text-sentencepiece4096-")
     others = [folder("gpt2"), folder("sentencepiece"), folder(val_fraction=0.2)]
     others += [folder(end_of_text="<|e|>"), folder(text_field="body")]
+    others += [folder(val_fraction=0.0), folder(val_source=str(tmp_path / "my text.txt"))]
     others += [folder(given=tokenizer) for tokenizer in (byte_pairs, CharTokenizer("ab"))]
     (tmp_path / "my text.txt").write_text(TEXT + "more")
     others.append(folder())
-    assert len({first, *others}) == 9
+    assert len({first, *others}) == 11
 
 
 def test_the_default_folder_is_that_of_the_first_edition(tmp_path, monkeypatch):
