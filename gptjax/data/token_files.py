@@ -1,6 +1,7 @@
 """Opening a prepared data set: a folder, on a disk or in a bucket, with train.bin and val.bin, or
 shards of them (token ids as raw little-endian uint16, or uint32 for a large vocabulary), meta.json
-and tokenizer.json; or nanoGPT's, where meta.pkl stands for the last two."""
+and tokenizer.json; or nanoGPT's, where meta.pkl stands for the last two; or llm.c's (and
+modded-nanogpt's), of files that begin with a header."""
 
 import bisect
 import dataclasses
@@ -9,6 +10,8 @@ import hashlib
 import io
 import itertools
 import pickle
+import re
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +28,11 @@ SPLITS = ("train", "val")
 FINGERPRINT_BYTES = 64 << 20
 """A fingerprint reads at most this much of a split, in evenly spaced blocks."""
 FINGERPRINT_BLOCK = 1 << 20
+LLM_C = re.compile(r".+_(train|val)(?:_\d+)?\.bin")
+"""Names of llm.c's files, such as fineweb_train_000001.bin."""
+HEADER_BYTES = 1024
+"""What they begin with: int32 20240520, version 1, the number of uint16 tokens that follow."""
+
 READ_AT_ONCE = 16
 """Blocks that are in memory at the same time."""
 
@@ -33,9 +41,11 @@ class Split:
     """Tokens that lie in files, one after the other, and are read when they are asked for. Not a
     memory map: if somebody truncates a file, that kills the process without a message."""
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int], dtype: np.dtype):
-        """`counts`: the tokens in each file. Raises OSError."""
-        self.dtype, self._files = dtype, files.Ranges(paths)
+    def __init__(
+        self, paths: Sequence[Path], counts: Sequence[int], dtype: np.dtype, skipped: int = 0
+    ):
+        """`counts`: the tokens in each file, after `skipped` bytes. Raises OSError."""
+        self.dtype, self._files, self._skipped = dtype, files.Ranges(paths), skipped
         self._starts = [0, *itertools.accumulate(counts)]
 
     def __len__(self) -> int:
@@ -74,9 +84,10 @@ class Split:
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(which file, first byte, end) of all that these tokens lie in."""
         number, size = bisect.bisect_right(self._starts, start) - 1, self.dtype.itemsize
+        skipped = self._skipped
         while start < stop:
             begin, end = self._starts[number], min(stop, self._starts[number + 1])
-            yield number, (start - begin) * size, (end - begin) * size
+            yield number, skipped + (start - begin) * size, skipped + (end - begin) * size
             start, number = end, number + 1
 
 
@@ -107,13 +118,15 @@ class Dataset:
 
 
 def load(folder: Path) -> Dataset:
-    """Open a prepared set, or nanoGPT's (without running what its meta.pkl may contain).
+    """Open a prepared set, or nanoGPT's (without running what its meta.pkl may contain), or
+    llm.c's.
 
     Raises UserError if files are missing, damaged, of another length than recorded, or hold token
     ids that the tokenizer does not have, or cannot be read.
     """
     sizes = files.sizes(folder)
-    if "meta.json" not in sizes and not {f"{split}.bin" for split in SPLITS} <= {*sizes}:
+    nanogpts = {f"{split}.bin" for split in SPLITS} <= {*sizes}
+    if not ("meta.json" in sizes or nanogpts or any(map(LLM_C.fullmatch, sizes))):
         raise UserError(
             f"{folder} is not a prepared data set: expected meta.json, train.bin and val.bin in it"
             " (python -m gptjax data SOURCE --out FOLDER makes one)"
@@ -124,9 +137,12 @@ def load(folder: Path) -> Dataset:
 
 def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
     meta = _read_meta(folder) if "meta.json" in sizes else {}
-    # nanoGPT's sets without a meta.pkl hold GPT-2's tokens.
+    headers = {} if meta or "train.bin" in sizes else _read_headers(folder, sizes)
+    # nanoGPT's sets without a meta.pkl hold GPT-2's tokens; so do all of llm.c's.
     tokenizer = read_tokenizer(folder) or Gpt2Tokenizer()
-    dtype = np.dtype(meta.get("dtype") or _unrecorded_dtype(folder, sizes)).newbyteorder("<")
+    recorded = "uint16" if headers else meta.get("dtype") or _unrecorded_dtype(folder, sizes)
+    dtype = np.dtype(recorded).newbyteorder("<")
+    skipped = HEADER_BYTES if headers else 0
     digest, splits = hashlib.sha256(), list[Split]()
     for split in SPLITS:
         # Of nanoGPT's sets the length is not recorded. One token is nothing to predict.
@@ -135,18 +151,19 @@ def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
         # There may be no text for validation.
         n_tokens = n_tokens if n_tokens == 0 and split == "val" else max(2, n_tokens)
         paths, counts = list[Path](), list[int]()
-        for name, expected in _files_of(split, n_tokens, meta.get("shard_tokens")):
+        ours = _files_of(split, n_tokens, meta.get("shard_tokens"))
+        for name, expected in headers[split] if headers else ours:
             paths.append(folder / name)
             counts.append(expected)
             if name not in sizes:
                 raise UserError(f"{paths[-1]} is missing; copy it again or prepare the set again")
-            if sizes[name] != expected * dtype.itemsize:
+            if sizes[name] != skipped + expected * dtype.itemsize:
                 raise UserError(
                     f"{paths[-1]} is damaged or was replaced: it has {sizes[name]:,} bytes, not"
                     f" {expected:,} {dtype.name} tokens; prepare it again"
                 )
         try:
-            tokens = Split(paths, counts, dtype)
+            tokens = Split(paths, counts, dtype, skipped)
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
@@ -165,6 +182,30 @@ def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
     source = meta.get("source")
     source = source if isinstance(source, str) else None
     return Dataset(train, val, tokenizer, digest.hexdigest(), source)
+
+
+def _read_headers(folder: Path, sizes: dict[str, int]) -> dict[str, list[tuple[str, int]]]:
+    """{split: [(name of llm.c's file, tokens in it)]}."""
+    names = [name for name in sorted(sizes) if LLM_C.fullmatch(name)]
+    heads = files.Ranges([folder / name for name in names]).read(
+        [(number, 0, HEADER_BYTES) for number in range(len(names))]
+    )
+    found: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
+    for name, head in zip(names, heads, strict=True):
+        magic, version, count = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
+        if (magic, version) != (20240520, 1) or count <= 0:
+            raise UserError(
+                f"{folder / name} does not begin as llm.c's files of GPT-2's tokens do: with the"
+                " numbers 20240520, 1 and that of its tokens"
+            )
+        split = LLM_C.fullmatch(name)
+        assert split
+        found[split[1]].append((name, count))
+    if not found["train"]:
+        raise UserError(
+            f"{folder} has no file for training; llm.c calls them NAME_train_000001.bin"
+        )
+    return found
 
 
 def _unrecorded_dtype(folder: Path, sizes: dict[str, int]) -> str:

@@ -46,6 +46,52 @@ def test_a_truncated_token_file_is_a_clear_error(tmp_path):
         tokens[40:60]
 
 
+# llm.c's folders
+
+
+def _llm_c(path, ids, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+def test_llm_cs_shards_are_used_as_they_are(tmp_path, gpt2):
+    ids = [50256, *gpt2.encode("some text, and more of it")]
+    _llm_c(tmp_path / "fineweb_train_000002.bin", ids[3:])
+    _llm_c(tmp_path / "fineweb_train_000001.bin", ids[:3])
+    dataset = load(tmp_path)
+    assert dataset.train[:].tolist() == ids and len(dataset.val) == 0
+    assert dataset.train[2:5].tolist() == ids[2:5] and dataset.tokenizer.is_gpt2s_own
+    _llm_c(tmp_path / "fineweb_val_000000.bin", ids[::-1])
+    assert load(tmp_path).val[:].tolist() == ids[::-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("a_train.bin", {"magic": 20240801, "version": 7}, "does not begin as llm.c's files"),
+        ("a_train.bin", {"version": 2}, "does not begin as llm.c's files"),
+        ("a_train.bin", {"count": 9}, "a_train.bin is damaged or was replaced"),
+        ("a_train.bin", {"count": -1}, "does not begin"),
+        ("a_train.bin", {"ids": []}, "does not begin"),
+        ("a_train.bin", {"ids": [60000]}, "holds token id 60000"),
+        ("a_val.bin", {}, "has no file for training"),
+    ],
+)
+def test_bad_shards_of_llm_c_are_refused(tmp_path, gpt2, name, changes, words):
+    _llm_c(tmp_path / name, **{"ids": [1, 2, 3]} | changes)
+    with pytest.raises(UserError) as caught:
+        load(tmp_path)
+    assert words in str(caught.value)
+
+
+@given(damaged(struct.pack("<256i", 20240520, 1, 4, *[0] * 253) + bytes(8)))
+def test_damaged_shards_of_llm_c_are_read_or_refused(tmp_path_factory, gpt2, content):
+    folder = tmp_path_factory.mktemp("t")
+    (folder / "a_train.bin").write_bytes(content)
+    read_or_refuse(lambda: load(folder).train[:].tolist(), folder)
+
+
 # nanoGPT's folders
 
 
