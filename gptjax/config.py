@@ -13,7 +13,7 @@ from gptjax.settings import Config
 
 MAX_LAYERS = 100_000
 
-TokenizerKind = Literal["char", "gpt2", "sentencepiece"]
+TokenizerKind = Literal["char", "gpt2", "bpe", "sentencepiece", "json"]
 
 OptimizerKind = Literal["adamw", "muon"]
 
@@ -157,8 +157,9 @@ class DataConfig(Config):
     or hf://OWNER/NAME:SPLIT on the Hugging Face Hub. None: still to be named, as for imported
     weights. As a flag also --data."""
     tokenizer: TokenizerKind = "char"
-    """char: one token a character; gpt2: GPT-2's byte-pair encoding; sentencepiece: a model
-    trained on the text itself."""
+    """char: one token a character; gpt2: GPT-2's byte-pair encoding; bpe: one of the same kind
+    trained on the text itself; sentencepiece: a model trained on the text; json: that of
+    tokenizer_file."""
     sentencepiece_vocab_size: int = 4096
     """Vocabulary of the sentencepiece model, in pieces."""
     val_fraction: float = 0.1
@@ -173,11 +174,31 @@ class DataConfig(Config):
     line of JSON."""
     val_source: str | None = None
     """A text of its own for validation, as `source`; all of `source` is for training then."""
+    bpe_vocab_size: int = 4096
+    """Vocabulary of the bpe tokenizer, in tokens; fewer, if the text has no more to merge."""
+    tokenizer_file: str | None = None
+    """A tokenizer.json of the package `tokenizers`."""
+    special_tokens: tuple[str, ...] = ()
+    """Words such as "<|user|>" that are a token each wherever a text has them; with gpt2 or bpe."""
     text_field: str = "text"
     """Field that holds the text, of JSON or a table; "meta.body" is the field body of meta."""
 
     def problems(self) -> list[str]:
-        out = self._check_ints(1, "sentencepiece_vocab_size")
+        out = self._check_ints(1, "sentencepiece_vocab_size", "bpe_vocab_size")
+        if (self.tokenizer == "json") != (self.tokenizer_file is not None):
+            out.append(
+                "data.tokenizer json and data.tokenizer_file go together: the file is"
+                f" {self.tokenizer_file!r}, the tokenizer {self.tokenizer}"
+            )
+        words = [token for token in self.special_tokens if len(token.split()) != 1]
+        different = {"<|endoftext|>", *self.special_tokens}
+        if words or len(different) <= len(self.special_tokens):
+            out.append(
+                f"data.special_tokens {self.special_tokens!r} must be different words without white"
+                " space; <|endoftext|> is one already"
+            )
+        if self.special_tokens and self.tokenizer not in ("gpt2", "bpe"):
+            out.append(f"data.special_tokens take tokenizer gpt2 or bpe, not {self.tokenizer}")
         if self.end_of_text is not None and len(self.end_of_text.split()) != 1:
             out.append(f"data.end_of_text {self.end_of_text!r} must be a word without white space")
         if self.text_field == "":

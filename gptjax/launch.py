@@ -91,7 +91,10 @@ def known_vocabulary(config: TrainConfig, tokenizer: Tokenizer | None) -> int | 
     """How many ids there will be; None where only the text can tell."""
     if tokenizer:
         return tokenizer.n_vocab
-    known = {"gpt2": 50257, "sentencepiece": config.data.sentencepiece_vocab_size}
+    known = {
+        "gpt2": 50257 + len(config.data.special_tokens),
+        "sentencepiece": config.data.sentencepiece_vocab_size,
+    }
     return config.model.vocab_size or known.get(config.data.tokenizer)
 
 

@@ -15,7 +15,7 @@ class DataFlags(Config):
     hf://OWNER/NAME:SPLIT on the Hugging Face Hub."""
 
     tokenizer: TokenizerKind = DataConfig.tokenizer
-    """char, gpt2 or sentencepiece."""
+    """char, gpt2, bpe, sentencepiece or json."""
     sentencepiece_vocab_size: int = DataConfig.sentencepiece_vocab_size
     """Vocabulary of the sentencepiece model, in pieces."""
     val_fraction: float = DataConfig.val_fraction
@@ -24,6 +24,12 @@ class DataFlags(Config):
     """A text of its own for validation; all of SOURCE is for training then."""
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>"."""
+    bpe_vocab_size: int = DataConfig.bpe_vocab_size
+    """Vocabulary of the bpe tokenizer, in tokens."""
+    tokenizer_file: str | None = None
+    """A tokenizer.json of the package `tokenizers`, for --tokenizer json."""
+    special_tokens: tuple[str, ...] = ()
+    """Words such as "<|user|>" that are a token each wherever the text has them."""
     text_field: str = DataConfig.text_field
     """Field that holds the text, of JSON or a table; "meta.body" is the field body of meta."""
     shard_tokens: int | None = None
@@ -36,6 +42,8 @@ class DataFlags(Config):
         return DataConfig(
             source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction,
             end_of_text=self.end_of_text, val_source=self.val_source, text_field=self.text_field,
+            bpe_vocab_size=self.bpe_vocab_size, tokenizer_file=self.tokenizer_file,
+            special_tokens=self.special_tokens,
         )  # fmt: skip
 
     def problems(self) -> list[str]:

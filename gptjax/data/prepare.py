@@ -22,8 +22,10 @@ from gptjax.data.corpus import Corpus
 from gptjax.data.token_files import file_name, read_tokenizer
 from gptjax.data.tokenizers import (
     END_OF_TEXT,
+    BpeTokenizer,
     CharTokenizer,
     Gpt2Tokenizer,
+    JsonTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )
@@ -86,7 +88,9 @@ def _prepare_into(
     shard_tokens: int | None,
 ) -> dict[str, Any]:
     """Write the files of a set; what its meta.json holds."""
-    separator = "\n" if (tokenizer.kind if tokenizer else config.tokenizer) == "char" else None
+    tokenizer = tokenizer or given_tokenizer(config)
+    marks_ends = tokenizer.eot is not None if tokenizer else config.tokenizer != "char"
+    separator = None if marks_ends else "\n"
     held_out = _held_out(config)
 
     def pieces(of: Corpus, description: str, total: int | None) -> Iterator[str | None]:
@@ -96,7 +100,6 @@ def _prepare_into(
             progress.advance(task, len(piece or ""))
         progress.update(task, total=total or 1, completed=total or 1)
 
-    tokenizer = tokenizer or (Gpt2Tokenizer() if config.tokenizer == "gpt2" else None)
     n_train: float = math.inf
     total = None
     if tokenizer is None or (config.val_fraction and not held_out):
@@ -210,7 +213,7 @@ def _survey(
         characters += len(piece)
         if kind == "char":
             alphabet.update(piece)
-        elif kind == "sentencepiece":
+        elif kind in ("sentencepiece", "bpe"):
             owed += len(piece) * share
             if piece and owed >= min(len(piece), 1000):
                 sample.append(piece[: math.ceil(owed)])
@@ -223,7 +226,24 @@ def _survey(
         tokenizer = CharTokenizer("".join(sorted(alphabet)))
     elif kind == "sentencepiece":
         tokenizer = SentencePieceTokenizer.train(sample, config.sentencepiece_vocab_size)
-    return characters, tokenizer or Gpt2Tokenizer()
+    elif kind == "bpe":
+        tokenizer = BpeTokenizer.train(sample, config.bpe_vocab_size, config.special_tokens)
+    assert tokenizer
+    return characters, tokenizer
+
+
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """One that needs no text to be made. UserError: it cannot be read."""
+    if config.tokenizer == "gpt2":
+        return Gpt2Tokenizer(added=config.special_tokens)
+    if config.tokenizer_file is None:
+        return None
+    path = files.path(config.tokenizer_file)
+    content = files.read_text(path)
+    try:
+        return JsonTokenizer(content)
+    except ValueError as error:
+        raise UserError(f"{path} (data.tokenizer_file) cannot be used: {error}") from None
 
 
 def corpus_of(config: DataConfig) -> Corpus:
@@ -240,8 +260,8 @@ def _held_out(config: DataConfig) -> Corpus | None:
 
 def make_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `prepare` would make for this text. Raises as `prepare`."""
-    if config.tokenizer == "gpt2":
-        return Gpt2Tokenizer()
+    if given := given_tokenizer(config):
+        return given
     text, held_out = corpus_of(config), _held_out(config)
     pieces = itertools.chain(text.pieces(None), held_out.pieces(None) if held_out else ())
     return _survey(config, pieces, text.size, None)[1]
@@ -278,6 +298,8 @@ def default_name(config: DataConfig) -> str:
     name = f"{Path(config.source or '').stem or 'text'}-{config.tokenizer}"
     if config.tokenizer == "sentencepiece":
         name += str(config.sentencepiece_vocab_size)
+    elif config.tokenizer == "bpe":
+        name += str(config.bpe_vocab_size)
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
 
 
@@ -290,7 +312,13 @@ def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
         recipe.append(tokenizer.state())
     elif config.tokenizer == "sentencepiece":
         recipe.append(config.sentencepiece_vocab_size)
+    elif config.tokenizer == "bpe":
+        recipe.append(config.bpe_vocab_size)
+    elif given := config.tokenizer_file and given_tokenizer(config):
+        recipe.append(given.state())
     recipe += how
+    if config.special_tokens:
+        recipe.append({"special": config.special_tokens})
     if held_out := _held_out(config):
         recipe += ["validation", *held_out.identity()]
     digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]

@@ -1,4 +1,4 @@
-"""Text to token ids and back: `char`, `gpt2` and `sentencepiece` behind one protocol."""
+"""Text to token ids and back: every kind of tokenizer behind one protocol."""
 
 import base64
 import hashlib
@@ -15,7 +15,8 @@ from tiktoken_ext import openai_public
 
 from gptjax import files
 from gptjax.config import TokenizerKind
-from gptjax.errors import UserError, quoted
+from gptjax.data import byte_spelling
+from gptjax.errors import UserError, first_line, quoted
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -152,6 +153,81 @@ class Gpt2Tokenizer:
         )
 
 
+class BpeTokenizer(Gpt2Tokenizer):
+    """GPT-2's algorithm with merges learned from the corpus."""
+
+    kind: TokenizerKind = "bpe"
+
+    @classmethod
+    def train(
+        cls, pieces: Iterable[str], vocab_size: int, special: Sequence[str] = ()
+    ) -> "BpeTokenizer":
+        """Train on `pieces` of text, by the package `tokenizers`. Raises UserError: not even all
+        bytes are so few."""
+        import tokenizers  # slow, and only needed here
+
+        merged = vocab_size - 1 - len(special)
+        if merged < 256:
+            raise UserError(
+                f"data.bpe_vocab_size {vocab_size} must be at least {257 + len(special)}: all"
+                " bytes, the end of a text, and the special tokens"
+            )
+        # They are nothing to learn from. ("(?!)" matches nowhere.)
+        marks = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        pieces = (part for piece in pieces for part in marks.split(piece))
+        learned = tokenizers.Tokenizer(tokenizers.models.BPE())
+        learned.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=merged, show_progress=False,
+            initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        )  # fmt: skip
+        learned.train_from_iterator(
+            (piece.encode("utf-8", "replace").decode() for piece in pieces), trainer
+        )
+        spelled = learned.get_vocab()
+        return cls({byte_spelling.to_bytes(token): id_ for token, id_ in spelled.items()}, special)
+
+
+class JsonTokenizer:
+    """One of the package `tokenizers`, as its tokenizer.json has it."""
+
+    kind: TokenizerKind = "json"
+    ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+    """What end-of-text tokens are called."""
+
+    def __init__(self, content: str):
+        """ValueError: it is none, or changes a text, or its tokens depend on how a text is cut."""
+        import tokenizers  # slow, and only needed here
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the package raises nothing more special
+            raise ValueError(first_line(error)) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.content = content
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.n_vocab = 1 + max(vocab.values(), default=-1)
+        added = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items()}
+        self.eot = next((added[name] for name in self.ENDS if name in added), None)
+        first, second = "The  cat\n\tsat: é中\ufb01\U0001f600", " on it, 12 times "
+        whole = self.encode(first + second)
+        if self.decode(whole) != first + second:
+            raise ValueError("it changes the text: decoding gives another one back")
+        if [*self.encode(first), *self.encode(second)] != whole.tolist():
+            raise ValueError("its tokens depend on where a text is cut, even before a space")
+
+    def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
+        text = text.encode("utf-8", "replace").decode()
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
+
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "content": self.content}
+
+
 class SentencePieceTokenizer:
     """A byte-pair model trained on the corpus (Kudo & Richardson 2018). Lossless: text is not
     normalised, and characters outside the vocabulary are encoded as bytes."""
@@ -253,7 +329,7 @@ def from_state(state: Any, where: str) -> Tokenizer:
         match state["kind"]:
             case "char":
                 return CharTokenizer(state["characters"])
-            case "gpt2":
+            case "gpt2" | "bpe" as kind:
                 pieces = [base64.b64decode(piece) for piece in state["pieces"].split(" ")]
                 ranks = {piece: rank for rank, piece in enumerate(pieces)}
                 # tiktoken panics if a byte is missing.
@@ -264,7 +340,9 @@ def from_state(state: Any, where: str) -> Tokenizer:
                     {END_OF_TEXT, *added}
                 ) <= len(added):
                     raise ValueError("its added tokens are not distinct texts")
-                return Gpt2Tokenizer(ranks, added)
+                return (BpeTokenizer if kind == "bpe" else Gpt2Tokenizer)(ranks, added)
+            case "json":
+                return JsonTokenizer(state["content"])
             case "sentencepiece":
                 return SentencePieceTokenizer(base64.b64decode(state["model"]))
             case kind:

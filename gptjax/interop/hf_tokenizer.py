@@ -14,10 +14,12 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
+from gptjax.data import byte_spelling
 from gptjax.data.tokenizers import (
     END_OF_TEXT,
     CharTokenizer,
     Gpt2Tokenizer,
+    JsonTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )
@@ -30,14 +32,6 @@ SPACE = "\u2581"
 LONGEST_TOKEN = 256
 """Bytes of a token that we read; GPT-2's own have 128 at most. The check of the merges takes time
 that grows with the square of this."""
-
-# GPT-2 spells bytes as printable characters: those that Latin-1 prints as themselves, the others as
-# the characters from U+0100 on.
-_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
-_CHARACTER_OF = {byte: chr(byte) for byte in _PRINTED}
-_CHARACTER_OF |= {byte: chr(0x100 + i) for i, byte in enumerate(_OTHERS)}
-_BYTE_OF = {character: byte for byte, character in _CHARACTER_OF.items()}
 
 
 def write(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
@@ -70,13 +64,15 @@ def convert(tokenizer: Tokenizer) -> HfTokenizer:
         out.decoder = decoders.Fuse()
         return out
     if isinstance(tokenizer, Gpt2Tokenizer):
-        vocab = {"".join(_CHARACTER_OF[b] for b in p): i for p, i in tokenizer.ranks.items()}
+        vocab = {byte_spelling.from_bytes(p): i for p, i in tokenizer.ranks.items()}
         out = HfTokenizer(models.BPE(vocab | {END_OF_TEXT: tokenizer.eot}, _merges(vocab)))
         out.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         out.decoder = decoders.ByteLevel()
         out.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
         out.add_tokens([AddedToken(token, normalized=False) for token in tokenizer.added])
         return out
+    if isinstance(tokenizer, JsonTokenizer):
+        return HfTokenizer.from_str(tokenizer.content)
     assert isinstance(tokenizer, SentencePieceTokenizer), tokenizer.kind
     pieces = [tokenizer.piece(i) for i in range(tokenizer.n_vocab)]
     vocab = {piece: i for i, piece in enumerate(pieces)}
@@ -175,7 +171,7 @@ def _from_hf(found: HfTokenizer) -> Tokenizer:
             raise ValueError(f"{END_OF_TEXT} is not its last id, or followed by added tokens only")
         if any(len(token) > LONGEST_TOKEN for token in tokens):
             raise ValueError(f"a token is longer than {LONGEST_TOKEN} bytes")
-        pieces = [bytes(_BYTE_OF[character] for character in token) for token in tokens]
+        pieces = [byte_spelling.to_bytes(token) for token in tokens]
         if not {bytes([byte]) for byte in range(256)}.issubset(pieces):
             raise ValueError("not all bytes are among its tokens")
         ours = Gpt2Tokenizer({piece: id_ for id_, piece in enumerate(pieces)}, added)

@@ -640,7 +640,7 @@ def _counts(params: Any) -> dict[str, int]:
 
 def _examples(own: Tokenizer) -> Iterable[tuple[str, Tokenizer | None]]:
     """Sub-word tokenizers to compare with: the model's own, or ones that are at hand."""
-    if own.kind == "sentencepiece":
+    if own.kind not in ("char", "gpt2"):
         yield "pieces", own
     else:
         pieces = Corpus("builtin").pieces("\n")

@@ -4,13 +4,17 @@ import json
 
 import pytest
 import tiktoken
+import tokenizers as hf
+from fuzz import damaged, read_or_refuse
 from helpers import TEXT
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gptjax.data import tokenizers
+from gptjax.config import DataConfig
+from gptjax.data import prepare, tokenizers
 from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer
 from gptjax.errors import UserError
+from gptjax.interop import hf_tokenizer
 
 
 @given(st.text())
@@ -32,6 +36,105 @@ def test_gpt2_algorithm_round_trip(byte_pairs, text):
 @example(" ")
 def test_sentencepiece_round_trip(sentence_pieces, text):
     assert sentence_pieces.decode(sentence_pieces.encode(text)) == text
+
+
+@given(st.text())
+@example("'ll <|endoftext|>  \n\n x \ud800"[:-1])
+def test_learned_pairs_encode_as_their_own_library_does(learned_pairs, text):
+    """The reference is `tokenizers`, which has learned them."""
+    assert learned_pairs.decode(learned_pairs.encode(text)) == text
+    reference = hf_tokenizer.convert(learned_pairs)
+    for mark in ("<|endoftext|>", "<|u|>"):  # there a special token, in ours text
+        text = text.replace(mark, "")
+    assert learned_pairs.encode(text).tolist() == reference.encode(text).ids
+
+
+@pytest.fixture(scope="module")
+def learned_pairs():
+    return tokenizers.BpeTokenizer.train([TEXT], 300)
+
+
+def test_pairs_are_learned_from_the_text(learned_pairs):
+    assert learned_pairs.n_vocab == 300 and learned_pairs.eot == 299
+    assert len(learned_pairs.encode(TEXT)) < 0.7 * len(TEXT)
+    # Of a text of one word there is no more to learn than its merges.
+    few = tokenizers.BpeTokenizer.train(["abab abab abab"], 1000)
+    assert few.n_vocab < 265 and len(few.encode("abab")) == 1
+    with pytest.raises(UserError, match="bpe_vocab_size 256 must be at least 257"):
+        tokenizers.BpeTokenizer.train([TEXT], 256)
+
+
+def test_special_tokens_are_one_id_wherever_the_text_has_them():
+    for tokenizer in (
+        tokenizers.BpeTokenizer.train(["<|u|>now <|b|>"] * 9, 270, ("<|u|>", "<|b|>")),
+        tokenizers.Gpt2Tokenizer({bytes([b]): b for b in range(256)}, ("<|u|>", "<|b|>")),
+    ):
+        u, b = tokenizer.eot + 1, tokenizer.eot + 2
+        assert tokenizer.n_vocab == b + 1
+        ids = tokenizer.encode("<|u|>now<|b|><|endoftext|><|u")
+        assert [id_ for id_ in ids.tolist() if id_ >= tokenizer.eot] == [u, b]
+        assert tokenizer.decode(ids) == "<|u|>now<|b|><|endoftext|><|u"
+        again = tokenizers.from_json(tokenizers.to_json(tokenizer), "here")
+        assert again.encode("<|b|>").tolist() == [b] and again.kind == tokenizer.kind
+        converted = hf_tokenizer.convert(tokenizer)
+        assert converted.encode("<|u|>now").ids == tokenizer.encode("<|u|>now").tolist()
+        back = hf_tokenizer._from_hf(converted)
+        assert back.encode("<|u|>now").tolist() == tokenizer.encode("<|u|>now").tolist()
+
+
+def _own_json(**changes):
+    """A tokenizer.json that somebody made with `tokenizers`."""
+    own = hf.Tokenizer(hf.models.BPE(byte_fallback=True))
+    own.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [hf.pre_tokenizers.Digits(individual_digits=True),
+         hf.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )  # fmt: skip
+    own.decoder = hf.decoders.ByteLevel()
+    for name, value in changes.items():
+        setattr(own, name, value)
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["</s>"], show_progress=False,
+        initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    own.train_from_iterator([TEXT], trainer)
+    return own
+
+
+@given(st.text())
+def test_a_tokenizer_file_is_used_as_it_is(own_file, text):
+    ours = tokenizers.JsonTokenizer(own_file)
+    assert ours.encode(text).tolist() == hf.Tokenizer.from_str(own_file).encode(text).ids
+    if "</s>" not in text:
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.eot == 0 and ours.n_vocab == 320
+    again = tokenizers.from_json(tokenizers.to_json(ours), "here")
+    assert again.encode(text).tolist() == ours.encode(text).tolist()
+
+
+@pytest.fixture(scope="module")
+def own_file():
+    return _own_json().to_str()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalizer": hf.normalizers.Lowercase()}, "changes the text"),
+        ({"decoder": hf.decoders.Fuse()}, "changes the text"),
+        ({"pre_tokenizer": hf.pre_tokenizers.ByteLevel(add_prefix_space=True)}, "changes the text"),
+    ],
+)
+def test_a_tokenizer_file_that_changes_texts_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        tokenizers.JsonTokenizer(_own_json(**changes).to_str())
+
+
+@given(damaged(b'{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'))
+def test_a_damaged_tokenizer_file_is_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("t") / "tokenizer.json"
+    path.write_bytes(content)
+    config = DataConfig("text.txt", "json", tokenizer_file=str(path))
+    assert read_or_refuse(lambda: prepare.given_tokenizer(config), path) is None
 
 
 @given(st.text())
