@@ -1,10 +1,11 @@
-"""gptjax data SOURCE: tokenise a text into a folder that training reads."""
+"""gptjax data SOURCE: tokenise a text into a folder that training reads. gptjax data inspect DIR:
+what is in such a folder."""
 
 import dataclasses
 
 from gptjax import console, files, program
 from gptjax.commands import flags
-from gptjax.config import DataConfig, TokenizerKind
+from gptjax.config import DataConfig, TokenizerKind, TrainConfig
 from gptjax.settings import Config
 
 
@@ -12,7 +13,9 @@ from gptjax.settings import Config
 class DataFlags(Config):
     """Tokenise a text into a folder for `train --data.dir`. SOURCE is builtin, shakespeare, a file
     (.txt, .jsonl, .parquet, .arrow; also .gz, .xz, .bz2 or .zst of them), a folder, a glob, or
-    hf://OWNER/NAME:SPLIT on the Hugging Face Hub."""
+    hf://OWNER/NAME:SPLIT on the Hugging Face Hub.
+
+    gptjax data inspect DIR shows what is in such a folder, or in nanoGPT's or llm.c's."""
 
     tokenizer: TokenizerKind = DataConfig.tokenizer
     """char, gpt2, bpe, sentencepiece or json."""
@@ -51,11 +54,35 @@ class DataFlags(Config):
         return out + self._check_ints(1, "shard_tokens")
 
 
+@dataclasses.dataclass(frozen=True)
+class InspectFlags(Config):
+    """Show what is in a prepared folder (also nanoGPT's and llm.c's): documents, tokens, rare
+    tokens, the longest lines, and the beginning of the first batch that training takes of it."""
+
+    seed: int = TrainConfig.seed
+    """Of the batch."""
+    batch_size: int = TrainConfig.batch_size
+    """Sequences in the batch."""
+    block_size: int = 64
+    """Tokens of a sequence."""
+
+    def problems(self) -> list[str]:
+        return self._check_ints(0, "seed") + self._check_ints(1, "batch_size", "block_size")
+
+
 DEFAULTS = [DataFlags()]
 
 
 def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
+    if argv[:1] == ["inspect"]:
+        named, asked = flags.parse(InspectFlags(), argv[1:], f"{prog} inspect", "DIR")
+        from gptjax.data import inspect, token_files  # slow, and not needed to print the help
+
+        dataset = token_files.load(files.path(named[0]))
+        for line in inspect.describe(dataset, asked.seed, asked.batch_size, asked.block_size):
+            print(line, flush=True)
+        return
     named, given = flags.parse(DataFlags(), argv, prog, "SOURCE")
     config = given.config(named[0])
     from gptjax.data import prepare  # slow, and not needed to print the help
