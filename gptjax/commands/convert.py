@@ -12,8 +12,8 @@ USAGE = """\
 usage: {prog} import SOURCE RUN [--help]
        {prog} export RUN FOLDER [--help]
 
-import makes a run of GPT-2 in Hugging Face's format or of nanoGPT's ckpt.pt, to sample from,
-evaluate or train on like any other; export writes a run for transformers or nanoGPT."""
+import makes a run of other programs' weights (Hugging Face, nanoGPT, OpenAI), to sample from,
+evaluate or train on like any other; export writes a run for transformers, nanoGPT or llama.cpp."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +36,17 @@ class ImportFlags(Config):
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags(Config):
-    """Write a run's weights for PyTorch. hf: transformers.AutoModelForCausalLM.from_pretrained(
-    FOLDER) loads them; nanogpt: nanoGPT's sample.py --out_dir=FOLDER does."""
+    """Write a run's weights for other programs. hf: a folder that
+    transformers.AutoModelForCausalLM.from_pretrained loads; nanogpt: one that nanoGPT's sample.py
+    --out_dir=FOLDER reads; safetensors: a file of the weights alone; gguf: a file for llama.cpp."""
 
-    format: Literal["hf", "nanogpt"] = "hf"
-    """hf or nanogpt."""
+    format: Literal["hf", "nanogpt", "safetensors", "gguf"] = "hf"
+    """hf, nanogpt, safetensors or gguf."""
     checkpoint: str = "best"
     """best (lowest validation loss), latest, or a step."""
     keep_padding: bool = False
-    """Keep the embedding's padded rows. They have no logits here, but would have in PyTorch."""
+    """Keep the embedding's padded rows (not in GGUF). They have no logits here, but would have in
+    PyTorch."""
 
 
 DEFAULTS = [ImportFlags(), ExportFlags()]

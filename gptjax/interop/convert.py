@@ -16,11 +16,11 @@ from gptjax.config_io import save_run_settings
 from gptjax.data import token_files, tokenizers
 from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import RunError, UserError, first_line
-from gptjax.interop import hf_tokenizer, huggingface, nanogpt, tensorflow
+from gptjax.interop import gguf, hf_tokenizer, huggingface, nanogpt, tensorflow
 from gptjax.interop.weights import Gelu, Weights
 from gptjax.run_metadata import CheckpointMetadata
 
-Format = Literal["hf", "nanogpt"]
+Format = Literal["hf", "nanogpt", "safetensors", "gguf"]
 
 GPT2_IDS = 50257
 MAX_PADDING = 1024
@@ -110,9 +110,11 @@ def write_pretrained(
 
     Args:
         format: "hf": `transformers.AutoModelForCausalLM.from_pretrained(folder)` loads it;
-            "nanogpt": nanoGPT's `sample.py --out_dir=FOLDER` does.
-        keep_padding: with the embedding's padded rows. They have no logits here, but would have in
-            PyTorch.
+            "nanogpt": nanoGPT's `sample.py --out_dir=FOLDER` does; "safetensors": the weights
+            alone, of any model, under Hugging Face's names; "gguf": llama.cpp loads
+            FOLDER/model.gguf.
+        keep_padding: with the embedding's padded rows (not in GGUF). They have no logits here, but
+            would have in PyTorch.
 
     UserError: the format cannot express the model, or `folder` exists. RunError: it cannot be
     written.
@@ -120,16 +122,30 @@ def write_pretrained(
     config = weights.config.model
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists already; name another folder or delete it")
-    hf = format == "hf"
-    missing = huggingface.obstacles(config) if hf else nanogpt.obstacles(config, tokenizer)
-    if isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.merges_pairs():
+    missing: list[str] = []
+    if format == "hf":
+        missing = huggingface.obstacles(config)
+    elif format == "nanogpt":
+        missing = nanogpt.obstacles(config, tokenizer)
+    elif format == "gguf":
+        missing = gguf.obstacles(config, tokenizer)
+    if (
+        format == "hf"
+        and isinstance(tokenizer, SentencePieceTokenizer)
+        and not tokenizer.merges_pairs()
+    ):
         missing.append("a SentencePiece model that is not byte-pair encoding")
     if missing:
-        raise UserError(f"the format {format} cannot express {', '.join(missing)}")
+        note = "; the flags are those to train with" if "--" in "".join(missing) else ""
+        raise UserError(f"the format {format} cannot express {', '.join(missing)}{note}")
     try:
         with files.new_folder(folder) as scratch:
-            if hf:
+            if format == "hf":
                 huggingface.write(weights, tokenizer, scratch, keep_padding=keep_padding)
+            elif format == "gguf":
+                gguf.write(weights, tokenizer, scratch)
+            elif format == "safetensors":
+                huggingface.write_tensors(weights, scratch, keep_padding=keep_padding)
             else:
                 nanogpt.write(weights, tokenizer, scratch, folder, keep_padding=keep_padding)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:

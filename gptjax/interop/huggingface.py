@@ -153,12 +153,24 @@ def write(
         filename_pattern="model{suffix}.safetensors",
     )  # fmt: skip
     for file, names in shards.filename_to_tensors.items():
-        part = {name: tensors[name] for name in names}
-        safetensors.numpy.save_file(part, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # the library lets nobody else read it
+        _save({name: tensors[name] for name in names}, folder / file)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def write_tensors(weights: Weights, folder: Path, *, keep_padding: bool = False) -> None:
+    """Write model.safetensors alone: every parameter that the model has and no other, and in the
+    file's metadata, as "gptjax", the model's settings in JSON. Raises as `write`."""
+    config = weights.config.model
+    tensors = parameter_names.to_torch(weights.params, config, "in_out", padding=keep_padding)
+    settings = json.dumps(dataclasses.asdict(config))
+    _save(tensors, folder / SAFETENSORS, gptjax=settings)
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path, **more: str) -> None:
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"} | more)
+    path.chmod(0o644)  # the library lets nobody else read it
 
 
 def download(name: str) -> Path:

@@ -124,11 +124,12 @@ def obstacles(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     """What of this model the format cannot say; empty if it can be exported exactly."""
     own = not isinstance(tokenizer, Gpt2Tokenizer) or tokenizer.is_gpt2s_own
     differs = {
-        f"the activation {config.activation}": config.activation != "gelu_erf",
+        f"the activation {config.activation} (--activation gelu_erf)": config.activation
+        != "gelu_erf",
         f"n_inner {config.n_inner}": config.inner_size != 4 * config.n_embd,
         f"layer_norm_epsilon {config.layer_norm_epsilon}": config.layer_norm_epsilon != 1e-5,
         "attention's scores scaled in another way": {*config.query_scales} - {1.0},
-        "an untied head": not config.tied_head,
+        "an untied head (--tied-head True)": not config.tied_head,
         f"qkv_bias {config.qkv_bias} beside bias {config.bias}": config.use_qkv_bias != config.bias,
         "a sentencepiece tokenizer": tokenizer.kind == "sentencepiece",
         "a byte-pair encoding that is not GPT-2's own": not own,

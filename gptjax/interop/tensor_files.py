@@ -153,9 +153,9 @@ def load_torch_file(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> A
         ) from None
 
 
-def optional(name: str, purpose: str) -> Any:
-    """torch or transformers. UserError: it is not installed; `purpose` needs it."""
+def optional(name: str, purpose: str, install: str = "-r requirements-torch.txt") -> Any:
+    """torch, transformers or gguf. UserError: it is not installed; `purpose` needs it."""
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"{purpose} needs {name}: pip install -r requirements-torch.txt") from None
+        raise UserError(f"{purpose} needs {name}: pip install {install}") from None

@@ -122,7 +122,7 @@ def test_sentencepiece_goes_to_hugging_face_and_back(tmp_path, sentence_pieces):
         ({"position": "sinusoidal"}, ["hf", "nanogpt"], "sinusoidal"),
         ({"attention_pattern": ("dense", "banded")}, ["hf", "nanogpt"], "banded"),
         ({"n_layer": 0}, ["hf", "nanogpt"], "n_layer 0"),
-        ({"activation": "gelu_tanh"}, ["nanogpt"], "the activation gelu_tanh"),
+        ({"activation": "gelu_tanh"}, ["nanogpt"], "the activation gelu_tanh .--act"),
         ({"n_inner": 8}, ["nanogpt"], "n_inner 8"),
         ({"layer_norm_epsilon": 1e-6}, ["nanogpt"], "layer_norm_epsilon 1e-06"),
         ({"scale_attn_weights": False}, ["nanogpt"], "attention's scores"),
@@ -137,6 +137,21 @@ def test_what_a_format_cannot_express_is_refused_by_name(tmp_path, change, forma
         with pytest.raises(UserError, match=f"{format} cannot express .*{word}"):
             make(tmp_path / "out", model, format=format)
     assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_alone_hold_any_model(tmp_path):
+    model = dataclasses.replace(
+        SMALL, position="sinusoidal", attention_pattern=("banded",), bias=False, vocab_multiple=16
+    )
+    params = make(tmp_path / "out", model, format="safetensors")
+    (path,) = (tmp_path / "out").iterdir()
+    found = safetensors.numpy.load_file(path)
+    assert "transformer.wpe.weight" not in found and "transformer.ln_f.bias" not in found
+    assert np.array_equal(found["transformer.wte.weight"], params["wte"][:23])
+    kernel = params["h"]["mlp"]["c_fc"]["kernel"][1]
+    assert np.array_equal(found["transformer.h.1.mlp.c_fc.weight"], kernel)
+    with safetensors.safe_open(path, "numpy") as file:
+        assert ModelConfig(**json.loads(file.metadata()["gptjax"])) == model
 
 
 def test_another_byte_pair_encoding_is_not_nanogpts(tmp_path, byte_pairs):
