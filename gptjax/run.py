@@ -201,7 +201,8 @@ class Run:
         from gptjax.interop.weights import Weights
 
         experiment = self.experiment.replace(model=self.config)
-        weights = Weights(experiment, self.params, step=self.step)
+        fingerprint = self.data_fingerprint
+        weights = Weights(experiment, self.params, step=self.step, data_fingerprint=fingerprint)
         convert.write_pretrained(weights, self.tokenizer, files.path(str(folder)))
 
 

@@ -1,6 +1,7 @@
 """gptjax convert import|export: weights from and to PyTorch's world."""
 
 import dataclasses
+import re
 from typing import Literal
 
 from gptjax import config_io, files
@@ -47,6 +48,13 @@ class ExportFlags(Config):
     keep_padding: bool = False
     """Keep the embedding's padded rows (not in GGUF). They have no logits here, but would have in
     PyTorch."""
+    push: str | None = None
+    """Then push FOLDER to this model of the Hugging Face Hub (someone/some-gpt2), which is private
+    if it is new."""
+
+    def problems(self) -> list[str]:
+        wrong = self.push is not None and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.push)
+        return [f"--push {self.push!r}: expected a name such as someone/some-gpt2"] * wrong
 
 
 DEFAULTS = [ImportFlags(), ExportFlags()]

@@ -16,7 +16,7 @@ from gptjax.config_io import save_run_settings
 from gptjax.data import token_files, tokenizers
 from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import RunError, UserError, first_line
-from gptjax.interop import gguf, hf_tokenizer, huggingface, nanogpt, tensorflow
+from gptjax.interop import gguf, hf_tokenizer, huggingface, model_card, nanogpt, tensorflow
 from gptjax.interop.weights import Gelu, Weights
 from gptjax.run_metadata import CheckpointMetadata
 
@@ -148,6 +148,9 @@ def write_pretrained(
                 huggingface.write_tensors(weights, scratch, keep_padding=keep_padding)
             else:
                 nanogpt.write(weights, tokenizer, scratch, folder, keep_padding=keep_padding)
+            if format in ("hf", "gguf"):
+                card = model_card.text(weights, tokenizer, folder.absolute().name, format)
+                (scratch / "README.md").write_text(card)
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         raise RunError(f"cannot write {folder}: {first_line(error)}") from None
 
@@ -194,10 +197,11 @@ def write_run(weights: Weights, tokenizer: Tokenizer, run_dir: Path) -> None:
 
 def export_model(
     run_dir: Path, folder: Path, format: Format = "hf", *, checkpoint: str = "best",
-    keep_padding: bool = False,
+    keep_padding: bool = False, push: str | None = None,
 ) -> str:  # fmt: skip
-    """Write a run's checkpoint as `write_pretrained` does; a text that says what was written.
-    UserError: there is no such run or checkpoint; both errors also as `write_pretrained`."""
+    """Write a run's checkpoint as `write_pretrained` does, and `push` it to the model of that name
+    on the Hugging Face Hub; a text that says what was written. UserError: there is no such run or
+    checkpoint; both errors also as `write_pretrained` and `huggingface.upload`."""
     loaded = run_metadata.load_checkpoint(run_dir, checkpoint, optimizer=format == "nanogpt")
     of, opt_state, notes = loaded.metadata, loaded.opt_state, list[str]()
     if opt_state is not None and of.config.optimizer.kind != "adamw":
@@ -209,8 +213,9 @@ def export_model(
     if opt_state is not None and of.config.optimizer.lr_schedule != "cosine":
         notes.append("note: nanoGPT's train.py would go on by a cosine, not in a straight line")
     weights = Weights(
-        of.config, loaded.params, of.runtime, loaded.step, opt_state, of.best_val_loss
-    )
+        of.config, loaded.params, of.runtime, loaded.step, opt_state, of.best_val_loss, of.val_loss,
+        of.data_fingerprint,
+    )  # fmt: skip
     tokenizer = tokenizers.from_json(of.tokenizer, str(run_dir))
     write_pretrained(weights, tokenizer, folder, format, keep_padding=keep_padding)
     said = [*notes, f"wrote {folder} ({format})"]
@@ -219,4 +224,6 @@ def export_model(
             "its ckpt.pt names this folder, where nanoGPT finds meta.pkl: if you move it, copy"
             " meta.pkl to the data folder that nanoGPT looks in"
         )
+    if push:
+        said.append(f"pushed it to {huggingface.upload(folder, push)}")
     return "\n".join(said)

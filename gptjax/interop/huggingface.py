@@ -14,7 +14,8 @@ import safetensors.numpy
 
 from gptjax.config import FINETUNE, Activation, ModelConfig
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.errors import RunError, UserError, quoted
+from gptjax.errors import RunError, UserError, first_line, quoted
+from gptjax.generation_config import GenerationConfig
 from gptjax.interop import hf_tokenizer, parameter_names
 from gptjax.interop.parameter_names import EMBEDDING
 from gptjax.interop.tensor_files import FLAX, SAFETENSORS, hugging_face_tensors, read_object
@@ -140,13 +141,19 @@ def write(
     weights: Weights, tokenizer: Tokenizer, folder: Path, *,
     keep_padding: bool = False, shard_bytes: int = SHARD_BYTES,
 ) -> None:  # fmt: skip
-    """Write config.json, model.safetensors (in files of at most `shard_bytes`) and the tokenizer's
-    files. OSError, safetensors.SafetensorError: they cannot be written."""
+    """Write config.json, generation_config.json (our defaults), model.safetensors (in files of at
+    most `shard_bytes`) and the tokenizer's files. OSError, safetensors.SafetensorError: they cannot
+    be written."""
     config = weights.config.model
     settings, tensors = convert(weights.params, config, keep_padding=keep_padding)
     # None: transformers would fill in GPT-2's ids.
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    sampling = GenerationConfig()
+    generation: dict[str, Any] = {"do_sample": True, "bos_token_id": tokenizer.eot}
+    generation |= {"eos_token_id": tokenizer.eot, "pad_token_id": tokenizer.eot}
+    generation |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     hf_tokenizer.write(tokenizer, folder, config.block_size)
     shards = huggingface_hub.split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda array: array.nbytes, max_shard_size=shard_bytes,
@@ -193,3 +200,21 @@ def download(name: str) -> Path:
         if any(folder.glob(weights[0])):
             break
     return folder
+
+
+def upload(folder: Path, name: str) -> str:
+    """Make `folder` the content of the model `name` on the Hugging Face Hub, private if it is new;
+    its address. RunError: it could not be uploaded."""
+    try:
+        api = huggingface_hub.HfApi()
+        repo = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo.repo_id, folder_path=folder, commit_message="Exported by gptjax"
+        )
+        return str(repo)
+    except Exception as error:  # of the HTTP library, the Hub's own, or the file system's
+        raise RunError(
+            f"wrote {folder}, but could not push it to {name!r} on the Hugging Face Hub"
+            f" ({type(error).__name__}: {first_line(error)}); log in by `hf auth login`, then `hf"
+            f" upload {name} {folder}` does it"
+        ) from None

@@ -73,7 +73,7 @@ def read(path: Path, *, optimizer: bool = True, gelu: Gelu = "erf") -> Weights:
             f"{where}: `optimizer` is not AdamW's state of this model ({first_line(error)}); to"
             " import the weights alone, add --optimizer False"
         ) from None
-    return Weights(config, params, runtime, step, opt_state, None, tuple(notes), dataset)
+    return Weights(config, params, runtime, step, opt_state, notes=tuple(notes), dataset=dataset)
 
 
 def vocabulary_folder(dataset: Any, folder: Path) -> Path | None:

@@ -24,6 +24,10 @@ class Weights(NamedTuple):
     opt_state: Any = None
     """As of `optim.optimizer(config)`; None: training starts with a fresh one."""
     best_val_loss: float | None = None
+    val_loss: float | None = None
+    """Of these weights, where it was measured."""
+    data_fingerprint: str | None = None
+    """Of the tokens they were trained on, where these are known."""
     notes: tuple[str, ...] = ()
     """What a user should know of the reading."""
     dataset: Any = None

@@ -300,6 +300,35 @@ def test_a_model_is_fetched_from_the_hub_or_that_is_told(tmp_path, monkeypatch):
         read_pretrained("gpt2-xl")
 
 
+def test_an_export_is_pushed_to_the_hub_or_that_is_told(tmp_path, monkeypatch):
+    weights = Weights(TrainConfig(TINY), random_params(TINY))
+    convert.write_run(weights, CHARS, tmp_path / "run")
+    pushed = []
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            assert private and exist_ok
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            pushed.append((repo_id, {path.name for path in folder_path.iterdir()}))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    said = convert.export_model(tmp_path / "run", tmp_path / "out", push="mine")
+    assert said.endswith("pushed it to https://huggingface.co/me/mine")
+    ((name, files),) = pushed
+    assert name == "me/mine"
+    assert files > {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(Api, "upload_folder", fail)
+    with pytest.raises(RunError, match=r"wrote .*out2, but .*'mine'.*no route.*hf upload mine"):
+        convert.export_model(tmp_path / "run", tmp_path / "out2", push="mine")
+    assert (tmp_path / "out2" / "config.json").exists()
+
+
 def test_settings_of_an_import_are_in_its_run(tmp_path):
     weights = Weights(TrainConfig(SMALL), random_params(SMALL), RuntimeConfig(eval_interval=7))
     convert.write_run(weights, CHARS, tmp_path / "run")

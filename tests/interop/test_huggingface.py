@@ -182,6 +182,8 @@ def test_transformers_loads_an_export_and_has_our_logits(tmp_path, model):
     assert_close(logits(model, params, TOKENS), their_logits(theirs))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.encode(CHARS.characters) == list(range(23))
+    how = theirs.generation_config
+    assert (how.do_sample, how.temperature, how.top_k, how.eos_token_id) == (True, 0.8, 200, None)
 
 
 def test_a_sharded_export_loads_and_comes_back_bitwise(tmp_path):

@@ -153,4 +153,7 @@ def test_an_export_of_a_trained_run_comes_back(uninterrupted, command, tmp_path)
     loaded = run_metadata.load_checkpoint(run_dir, "best")
     assert_bitwise(weights.params, {**loaded.params})
     assert weights.config.model.dropout == 0.1
+    card, metadata = (tmp_path / "out" / "README.md").read_text(), loaded.metadata
+    assert f"Validation loss: {metadata.val_loss:.4f} nats" in card
+    assert f"`{metadata.data_fingerprint[:12]}`" in card and f"Steps: {loaded.step} of" in card
     assert json.loads(loaded.metadata.tokenizer) == tokenizer.state()
