@@ -6,6 +6,7 @@ files.
 """
 
 import dataclasses
+import re
 import sys
 from typing import Any, Literal
 
@@ -172,6 +173,9 @@ class DataConfig(Config):
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>". None: a document is a file, or a
     line of JSON."""
+    mix: tuple[str, ...] = ()
+    """Several texts instead of one, each a `source` with its weight: a.txt=0.7 b/=0.3. Each
+    sequence of a batch is of one of them, drawn by weight. Of each the end is held out."""
     val_source: str | None = None
     """A text of its own for validation, as `source`; all of `source` is for training then."""
     bpe_vocab_size: int = 4096
@@ -182,6 +186,17 @@ class DataConfig(Config):
     """Words such as "<|user|>" that are a token each wherever a text has them; with gpt2 or bpe."""
     text_field: str = "text"
     """Field that holds the text, of JSON or a table; "meta.body" is the field body of meta."""
+
+    @property
+    def sources(self) -> list[str | None]:
+        """Of the mix, or the one."""
+        return [each.rpartition("=")[0] for each in self.mix] or [self.source]
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the sources; their sum is 1."""
+        found = [float(each.rpartition("=")[2]) for each in self.mix] or [1.0]
+        return [weight / sum(found) for weight in found]
 
     def problems(self) -> list[str]:
         out = self._check_ints(1, "sentencepiece_vocab_size", "bpe_vocab_size")
@@ -201,6 +216,14 @@ class DataConfig(Config):
             out.append(f"data.special_tokens take tokenizer gpt2 or bpe, not {self.tokenizer}")
         if self.end_of_text is not None and len(self.end_of_text.split()) != 1:
             out.append(f"data.end_of_text {self.end_of_text!r} must be a word without white space")
+        for each in self.mix:
+            name, _, weight = each.rpartition("=")
+            if not name or not re.fullmatch(r"\d+\.?\d*|\.\d+", weight) or not float(weight):
+                out.append(
+                    f"data.mix {each!r} is no text with its weight, a number above 0: a.txt=0.7"
+                )
+        if self.mix and "source" in self.given and self.source is not None:
+            out.append(f"data.source {self.source!r} and data.mix are both given; name one of them")
         if self.text_field == "":
             out.append("data.text_field is empty; name the field that holds the text")
         if self.source == "":

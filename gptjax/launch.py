@@ -124,6 +124,11 @@ def open_data(
             if not folder.exists():  # else another process of this run was faster
                 raise
     dataset = token_files.load(folder)
+    if config.data.mix and [name for name, _ in dataset.parts] != config.data.sources:
+        raise UserError(
+            f"{folder} (data.dir) is no mix of {' and '.join(map(str, config.data.sources))}"
+            " (data.mix), in this order; leave out --data.dir"
+        )
     named = config.data.source if config.data.dir and "source" in config.data.given else None
     # By name: a text that lies elsewhere is still the same one. ("." is no name.)
     names = Path(named or "").name, Path(dataset.source or "").name
@@ -145,11 +150,12 @@ def open_data(
             f" {dataset.tokenizer.kind} tokenizer of {folder}; leave it out"
             " (--model.vocab-multiple 64 pads the embedding)"
         )
-    if len(dataset.train) <= config.model.block_size:
+    shortest = min([count for _, count in dataset.parts] or [len(dataset.train)])
+    if shortest <= config.model.block_size:
         raise UserError(
-            f"the training split of {folder} has {len(dataset.train)} tokens, but one block needs"
-            f" {config.model.block_size + 1}: use more text or --model.block-size"
-            f" {max(1, len(dataset.train) - 1)} or less"
+            f"the training split of {folder}{' (of one text)' * bool(dataset.parts)} has {shortest}"
+            f" tokens, but one block needs {config.model.block_size + 1}: use more text or"
+            f" --model.block-size {max(1, shortest - 1)} or less"
         )
     model = config.model.replace(vocab_size=n_vocab)
     data = config.data.replace(dir=str(folder if files.is_remote(folder) else folder.absolute()))

@@ -122,7 +122,11 @@ def conflicts(saved: CheckpointMetadata, config: TrainConfig, fingerprint: str) 
     if imported:
         free = {f"model.{name}" for name in NOT_IN_WEIGHTS}
         old = {n: v for n, v in old.items() if n.startswith("model.") and n not in free}
-    compared = [n for n in old if n not in ("max_steps", "init_from") and not n.startswith("data.")]
+    compared = [
+        name for name in old
+        if name not in ("max_steps", "init_from")
+        and (name == "data.mix" or not name.startswith("data."))
+    ]  # fmt: skip
     out = [
         f"{name}: {old[name]!r} in the run, {new[name]!r} now"
         for name in compared

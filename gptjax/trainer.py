@@ -121,6 +121,8 @@ class Trainer:
                 train_step.eval_step, config=config.model, compute=self.eval_compute[0]
             )
         )
+        mixed = zip(dataset.parts, config.data.weights, strict=True) if config.data.mix else ()
+        self._parts = [(size, weight) for (_, size), weight in mixed]
         self._eval_batch_size = config.batch_size // accumulation  # what fits in training fits
         state, self.start = resume.init_or_resume(
             config, runtime, dataset, checkpoints, self.strategy
@@ -146,6 +148,7 @@ class Trainer:
             batch_size=self.config.batch_size,
             block_size=model.block_size,
             rows=hosts.host_rows(self.config.batch_size),
+            parts=self._parts,
         )
         check_ids(share, model.vocab_size)
         return share

@@ -80,8 +80,8 @@ def tokenizer_for(data: DataConfig) -> TokenizerKind:
         return data.tokenizer
     from gptjax.data import prepare
 
-    size = prepare.corpus_of(data).size
-    return "char" if size is not None and size < CHAR_BELOW else "gpt2"
+    sizes = [text.size for text in prepare.corpora(data)]
+    return "char" if sum(size or CHAR_BELOW for size in sizes) < CHAR_BELOW else "gpt2"
 
 
 def print_speed(speed: "Speed") -> None:

@@ -101,7 +101,7 @@ def read_settings(
         name, config = f"{Path(origin).name}-finetuned", FINETUNE
     else:
         name, (config, runtime) = "quickstart", config_io.load_config("quickstart")
-    if "data.dir" in given:
+    if "data.dir" in given or given.get("data.mix"):
         given.setdefault("data.source", None)  # the config's text is not that folder's
     if asked:
         flags.show_help([TrainFlags(), config, runtime], prog, "[CONFIG]")
@@ -116,7 +116,8 @@ def read_settings(
                 f" config's settings were chosen for {chosen_for}, not {kind}",
                 file=sys.stderr,
             )
-    if config.data.source is None and config.data.dir is None and not runtime.dry_run:
+    data = config.data
+    if not (data.source or data.dir or data.mix or runtime.dry_run):
         raise UserError(
             "no text to train on; name one with --data.source (a .txt or .jsonl file, a folder, a"
             " glob, shakespeare or builtin), or a prepared folder with --data.dir"

@@ -1,6 +1,7 @@
 """From tokens to the arrays that a step takes. Which tokens a batch holds follows from the seed and
 the step alone, so a resumed run needs no saved data position. numpy only."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -32,18 +33,30 @@ def batch_at(
     batch_size: int,
     block_size: int,
     rows: slice = slice(None),
+    parts: Sequence[tuple[int, float]] = (),
 ) -> np.ndarray:
     """int32 [batch_size, block_size + 1], or `rows` of it: windows at random positions, a pure
     function of (seed, step). A window's first block_size tokens are the input, its last block_size
-    the targets. Only `rows` of the batch are read and returned: one host's share.
+    the targets. Only `rows` of the batch are read and returned: one host's share. `parts`: (tokens,
+    weight) of each part of the text, one after the other; a window lies within one part, which is
+    drawn by weight. None: the text is one.
 
     Philox is a counter-based generator (Salmon et al. 2011), so step 1000 costs what step 0 does;
     numpy guarantees its raw stream, so batches are the same on every machine and numpy version.
     """
-    raw = np.random.Philox(key=seed, counter=step << 64).random_raw(batch_size)
-    starts = (raw % np.uint64(len(tokens) - block_size)).astype(np.int64)[rows]
-    parts = [(start, start + block_size + 1) for start in starts.tolist()]
-    return np.stack(_read(tokens, parts)).astype(np.int32)
+    raw, drawn = (
+        np.random.Philox(key=seed, counter=step << 64)
+        .random_raw(2 * batch_size)
+        .reshape(2, batch_size)
+    )
+    sizes, weights = zip(*parts or [(len(tokens), 1.0)], strict=True)
+    bounds = np.cumsum(weights)
+    # 53 bits, as a float64 has. The last bound is 1, up to rounding.
+    part = np.searchsorted(bounds[:-1], (drawn >> np.uint64(11)) * 2.0**-53, side="right")
+    begins = np.array([0, *itertools.accumulate(sizes)])[part]
+    starts = begins + (raw % (np.array(sizes, np.uint64)[part] - np.uint64(block_size))).astype(int)
+    windows = [(start, start + block_size + 1) for start in starts[rows].tolist()]
+    return np.stack(_read(tokens, windows)).astype(np.int32)
 
 
 class Window(NamedTuple):

@@ -1,12 +1,11 @@
 """Text into token files, in one streaming pass over any amount of text (see `token_files`)."""
 
 import hashlib
-import itertools
 import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,15 +59,16 @@ def prepare(
         )
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder or delete it")
-    text = corpus_of(config)
-    if how := text.describe():
-        console.print(how)
+    texts = corpora(config)
+    for text in texts:
+        if how := text.describe():
+            console.print(how)
     try:
         with (
             files.new_folder(out) as folder,
             Progress(console=console, disable=not console.is_terminal) as progress,
         ):
-            meta = _prepare_into(folder, config, text, progress, tokenizer, shard_tokens)
+            meta = _prepare_into(folder, config, texts, progress, tokenizer, shard_tokens)
     except OSError as error:
         if out.exists():
             return  # another process of this run made the same set meanwhile
@@ -82,7 +82,7 @@ def prepare(
 def _prepare_into(
     folder: Path,
     config: DataConfig,
-    text: Corpus,
+    texts: Sequence[Corpus],
     progress: Progress,
     tokenizer: Tokenizer | None,
     shard_tokens: int | None,
@@ -100,20 +100,24 @@ def _prepare_into(
             progress.advance(task, len(piece or ""))
         progress.update(task, total=total or 1, completed=total or 1)
 
-    n_train: float = math.inf
-    total = None
-    if tokenizer is None or (config.val_fraction and not held_out):
-        reading = pieces(text, "reading the text", text.size)
-        if held_out:
-            more = pieces(held_out, "reading the validation text", held_out.size)
-            reading = itertools.chain(reading, more)
-        total, tokenizer = _survey(config, reading, text.size, tokenizer)
-        n_train = math.inf if held_out else int(total * (1 - config.val_fraction))
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    parts = [(pieces(text, f"tokenising ({tokenizer.kind})", total or text.size), n_train)]
+    # So many characters of each text are for training.
+    shares: list[float] = [math.inf] * len(texts)
+    totals: list[int | None] = [text.size for text in texts]
     if held_out:
-        parts.append((pieces(held_out, "tokenising the validation text", held_out.size), 0))
+        texts, shares, totals = [*texts, held_out], [*shares, 0], [*totals, held_out.size]
+    if tokenizer is None or (config.val_fraction and not held_out):
+        reading = [
+            pieces(text, "reading the text", total)
+            for text, total in zip(texts, totals, strict=True)
+        ]
+        size = None if None in totals else sum(filter(None, totals))
+        found, tokenizer = _survey(config, reading, size, tokenizer)
+        totals = [*found]
+        if not held_out:
+            shares = [int(characters * (1 - config.val_fraction)) for characters in found]
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     characters = marks = 0
+    counts = list[int]()
 
     def counted(piece: str | None) -> str | None:
         nonlocal characters, marks
@@ -125,10 +129,12 @@ def _prepare_into(
         _Writer(folder, "train", dtype, shard_tokens) as train,
         _Writer(folder, "val", dtype, shard_tokens) as val,
     ):
-        for part, for_train in parts:
-            for ids, held in _encode(map(counted, part), for_train, tokenizer):
+        for text, total, share in zip(texts, totals, shares, strict=True):
+            part, before = pieces(text, f"tokenising ({tokenizer.kind})", total), train.written
+            for ids, held in _encode(map(counted, part), share, tokenizer):
                 train.write(ids)
                 val.write(held)
+            counts.append(train.written - before)
         if not val.written:
             (folder / file_name("val", 0 if shard_tokens else None)).touch()
     if marks:
@@ -140,11 +146,12 @@ def _prepare_into(
     validates = held_out is not None or config.val_fraction > 0
     if min(train.written, n_val if validates else 2) < 2:
         raise UserError(
-            f"{config.source} gives {train.written} training and {n_val} validation tokens;"
-            " expected at least 2 of each: use more text or another val_fraction"
+            f"{' and '.join(map(str, config.sources))} gives {train.written} training and"
+            f" {n_val} validation tokens; expected at least 2 of each: use more text or another"
+            " val_fraction"
         )
-    meta = {
-        "source": config.source,
+    meta: dict[str, Any] = {
+        "source": None if config.mix else config.source,
         "tokenizer": tokenizer.kind,
         "vocab_size": tokenizer.n_vocab,
         "dtype": dtype.name,
@@ -154,6 +161,8 @@ def _prepare_into(
     }
     if shard_tokens:
         meta["shard_tokens"] = shard_tokens
+    if config.mix:
+        meta["parts"] = [*zip(config.sources, counts, strict=False)]
     (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer))
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
@@ -200,17 +209,20 @@ class _Writer:
 
 
 def _survey(
-    config: DataConfig, pieces: Iterator[str | None], size: int | None, tokenizer: Tokenizer | None
-) -> tuple[int, Tokenizer]:
-    """Read all of the text once: (its characters, `tokenizer` or a new one for this text)."""
+    config: DataConfig,
+    texts: Sequence[Iterator[str | None]],
+    size: int | None,
+    tokenizer: Tokenizer | None,
+) -> tuple[list[int], Tokenizer]:
+    """Read all texts once: (the characters of each, `tokenizer` or a new one for them)."""
     kind = None if tokenizer else config.tokenizer
-    characters, alphabet, sample, taken = 0, set[str](), list[str](), 0
+    characters, alphabet, sample, taken = [0] * len(texts), set[str](), list[str](), 0
     # The sample takes an equal share of every part of the text: the beginning of each long piece,
     # and one in so many short pieces, whole.
     share, owed = min(1.0, SENTENCEPIECE_SAMPLE / max(1, size or 0)), 0.0
-    for piece in pieces:
+    for number, piece in ((number, piece) for number, text in enumerate(texts) for piece in text):
         piece = piece or ""
-        characters += len(piece)
+        characters[number] += len(piece)
         if kind == "char":
             alphabet.update(piece)
         elif kind in ("sentencepiece", "bpe"):
@@ -246,9 +258,9 @@ def given_tokenizer(config: DataConfig) -> Tokenizer | None:
         raise UserError(f"{path} (data.tokenizer_file) cannot be used: {error}") from None
 
 
-def corpus_of(config: DataConfig) -> Corpus:
-    """Raises UserError: there is no such text."""
-    return Corpus(config.source, config.text_field, config.end_of_text)
+def corpora(config: DataConfig) -> list[Corpus]:
+    """The texts to train on. Raises UserError: one is not there."""
+    return [Corpus(source, config.text_field, config.end_of_text) for source in config.sources]
 
 
 def _held_out(config: DataConfig) -> Corpus | None:
@@ -262,9 +274,11 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
     """The tokenizer that `prepare` would make for this text. Raises as `prepare`."""
     if given := given_tokenizer(config):
         return given
-    text, held_out = corpus_of(config), _held_out(config)
-    pieces = itertools.chain(text.pieces(None), held_out.pieces(None) if held_out else ())
-    return _survey(config, pieces, text.size, None)[1]
+    held_out = _held_out(config)
+    texts = [*corpora(config), *([held_out] if held_out else [])]
+    sizes = [text.size for text in texts]
+    size = None if None in sizes else sum(filter(None, sizes))
+    return _survey(config, [text.pieces(None) for text in texts], size, None)[1]
 
 
 def _encode(
@@ -295,7 +309,8 @@ def _encode(
 
 def default_name(config: DataConfig) -> str:
     """NAME-TOKENIZER, the readable part of `default_dir`."""
-    name = f"{Path(config.source or '').stem or 'text'}-{config.tokenizer}"
+    name = "+".join(Path(source or "").stem or "text" for source in config.sources)
+    name = f"{name}-{config.tokenizer}"
     if config.tokenizer == "sentencepiece":
         name += str(config.sentencepiece_vocab_size)
     elif config.tokenizer == "bpe":
@@ -306,7 +321,7 @@ def default_name(config: DataConfig) -> str:
 def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """data/NAME-TOKENIZER-DIGEST: another text, setting or given tokenizer has another folder.
     Raises UserError if there is no text."""
-    what, *how = corpus_of(config).identity()
+    (what, *how), *others = (text.identity() for text in corpora(config))
     recipe: list[Any] = [config.tokenizer, config.val_fraction, what]
     if tokenizer:
         recipe.append(tokenizer.state())
@@ -316,7 +331,7 @@ def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
         recipe.append(config.bpe_vocab_size)
     elif given := config.tokenizer_file and given_tokenizer(config):
         recipe.append(given.state())
-    recipe += how
+    recipe += [*how, *others]
     if config.special_tokens:
         recipe.append({"special": config.special_tokens})
     if held_out := _held_out(config):

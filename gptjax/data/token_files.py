@@ -115,6 +115,8 @@ class Dataset:
     """Of the tokens, wherever they lie: SHA-256 of each split's length and (a sample of) bytes."""
     source: str | None = None
     """What it was made from, as `DataConfig.source`; None where that is not known."""
+    parts: tuple[tuple[str, int], ...] = ()
+    """Of a mix: (source, training tokens) of each text, in the order in which they lie there."""
 
 
 def load(folder: Path) -> Dataset:
@@ -181,7 +183,8 @@ def _load(folder: Path, sizes: dict[str, int]) -> Dataset:
     train, val = splits
     source = meta.get("source")
     source = source if isinstance(source, str) else None
-    return Dataset(train, val, tokenizer, digest.hexdigest(), source)
+    parts = tuple((name, count) for name, count in meta.get("parts", ()))
+    return Dataset(train, val, tokenizer, digest.hexdigest(), source, parts)
 
 
 def _read_headers(folder: Path, sizes: dict[str, int]) -> dict[str, list[tuple[str, int]]]:
@@ -222,6 +225,12 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     shard_tokens = fields.get("shard_tokens", 1)
     whole = counts == {int} and type(shard_tokens) is int and shard_tokens > 0
     whole = whole and (folder / "tokenizer.json").is_file()
+    parts = fields.get("parts", [])
+    whole = whole and isinstance(parts, list) and all(
+        isinstance(part, list) and [*map(type, part)] == [str, int] and part[1] >= 0
+        for part in parts
+    )  # fmt: skip
+    whole = whole and (not parts or sum(part[1] for part in parts) == fields["train_tokens"])
     if not whole or fields.get("dtype") not in ("uint16", "uint32"):
         raise UserError(
             f"{path} is damaged: expected dtype uint16 or uint32, whole numbers train_tokens and"

@@ -36,6 +36,24 @@ def test_batches_cover_the_text_evenly_to_its_last_token():
     assert abs(chi_square - 983) < 5 * np.sqrt(2 * 983)
 
 
+def test_parts_are_drawn_by_weight_and_no_window_crosses_them():
+    parts = [(300, 0.2), (20, 0.1), (680, 0.7)]
+    draws = [
+        batch_at(TOKENS, 3, step, batch_size=64, block_size=16, parts=parts) for step in range(100)
+    ]
+    rows = np.concatenate(draws)
+    part = np.searchsorted([300, 320], rows[:, 0], side="right")
+    assert np.array_equal(part, np.searchsorted([300, 320], rows[:, -1], side="right"))
+    for number, (size, weight) in enumerate(parts):
+        of_part = rows[part == number, 0]
+        sigma = np.sqrt(len(rows) * weight * (1 - weight))
+        assert abs(len(of_part) - weight * len(rows)) < 5 * sigma
+        first = sum(tokens for tokens, _ in parts[:number])
+        assert (of_part.min(), of_part.max()) == (first, first + size - 17) or size == 680
+    assert np.array_equal(batch(1, 2, parts=parts, rows=slice(2, 5)), batch(1, 2, parts=parts)[2:5])
+    assert np.array_equal(batch(1, 2, parts=[(1000, 1.0)]), batch(1, 2))
+
+
 @given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 7), st.data())
 def test_windows_predict_each_token_once_with_enough_context(n, block, rows, drawn):
     stride = drawn.draw(st.none() | st.integers(1, block))

@@ -90,6 +90,36 @@ def test_validation_may_have_a_text_of_its_own(tmp_path, make_set, byte_pairs, s
         assert dataset.val[:].tolist() == expected
 
 
+def test_a_mix_is_one_set_of_several_texts(tmp_path, byte_pairs):
+    (tmp_path / "a.txt").write_text("first " * 20)
+    (tmp_path / "b.txt").write_text("zebra " * 10)
+    mix = (f"{tmp_path}/a.txt=3", f"{tmp_path}/b.txt=1")
+    config = DataConfig(None, mix=mix, val_fraction=0.25)
+    assert config.weights == [0.75, 0.25]
+    for tokenizer in (None, byte_pairs):
+        folder = tmp_path / ("pairs" if tokenizer else "char")
+        prepare.prepare(config, folder, QUIET, tokenizer, shard_tokens=50)
+        dataset = load(folder)
+        decode = dataset.tokenizer.decode
+        assert decode(dataset.train[:]) == "first " * 15 + ("zebra " * 8)[:45]
+        assert decode(dataset.val[:]) == "first " * 5 + ("zebra " * 10)[45:]
+        (a, first), (b, second) = dataset.parts
+        assert (a, b) == (f"{tmp_path}/a.txt", f"{tmp_path}/b.txt")
+        assert decode(dataset.train[:first]) == "first " * 15 and first + second == len(
+            dataset.train
+        )
+    named = prepare.default_dir(config)
+    assert named.name.startswith("a+b-char-".replace("+", "_"))
+    assert prepare.default_dir(config.replace({"mix": mix[::-1]})) != named
+    # The weights are of the batches, not of the tokens.
+    assert prepare.default_dir(config.replace({"mix": (mix[0], mix[1] + "0")})) == named
+    meta = json.loads((folder / "meta.json").read_text())
+    for parts in ([["a", 1]], [["a"]], "a", [[1, 2]]):
+        (folder / "meta.json").write_text(json.dumps(meta | {"parts": parts}))
+        with pytest.raises(UserError, match=r"meta.json is damaged"):
+            load(folder)
+
+
 @needs_shakespeare
 def test_shakespeare_by_character_has_nanogpts_counts(tmp_path):
     prepare.prepare(DataConfig(source=str(SHAKESPEARE)), tmp_path / "set", QUIET)
