@@ -8,7 +8,7 @@ from gptjax.settings import Config
 Overflow = Literal["exact", "half", "stop"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig(Config):
     """How a prompt is continued. Equal settings give the same text."""
 
@@ -20,6 +20,10 @@ class GenerationConfig(Config):
     """Draw from the k likeliest tokens only; 0 from all."""
     top_p: float = 1.0
     """Draw from the fewest likeliest tokens that have this probability together, in (0, 1]."""
+    min_p: float = 0.0
+    """Draw from the tokens at least this many times as likely as the likeliest, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that are in the text already, or in the prompt, become less likely."""
     num_samples: int = 1
     """Continuations, generated side by side."""
     seed: int = 1337
@@ -39,4 +43,8 @@ class GenerationConfig(Config):
             out.append(f"temperature {self.temperature} is outside [0, 1e6]")
         if not 0 < self.top_p <= 1:
             out.append(f"top_p {self.top_p} is outside (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            out.append(f"min_p {self.min_p} is outside [0, 1]")
+        if not 0 < self.repetition_penalty <= 1e6:
+            out.append(f"repetition_penalty {self.repetition_penalty} is outside (0, 1e6]")
         return out + ["a stop text must not be empty"] * ("" in self.stop)

@@ -62,6 +62,8 @@ class Run:
         temperature: float = 0.8,
         top_k: int = 200,
         top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         num_samples: int | None = None,
         seed: int = 1337,
         stop: tuple[str, ...] = (),
@@ -77,6 +79,9 @@ class Run:
             temperature: below 1 safer, above 1 wilder; 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only; 0 from all.
             top_p: draw from the fewest likeliest tokens that have this probability together.
+            min_p: draw from the tokens at least this many times as likely as the likeliest.
+            repetition_penalty: above 1, tokens that are in the text or the prompt already become
+                less likely.
             num_samples: so many continuations, drawn side by side, as a list; None: one, as text.
             stop: a sample ends before any of these texts.
             ignore_end_of_text: go on after the token that ends a document.
@@ -94,8 +99,10 @@ class Run:
                 does not know a character; or a setting is out of range.
         """
         settings = GenerationConfig(
-            max_new_tokens, temperature, top_k, top_p, 1 if num_samples is None else num_samples,
-            seed, stop, ignore_end_of_text, overflow,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+            min_p=min_p, repetition_penalty=repetition_penalty,
+            num_samples=1 if num_samples is None else num_samples, seed=seed, stop=stop,
+            ignore_end_of_text=ignore_end_of_text, overflow=overflow,
         )  # fmt: skip
         if stream and settings.num_samples != 1:
             raise UserError("only one sample can be streamed; leave out num_samples")
@@ -223,7 +230,7 @@ def tokens(
         prompt,
         settings.max_new_tokens,
         config,
-        sampling.Sampling(settings.temperature, settings.top_k, settings.top_p),
+        sampling.Sampling.of(settings),
         num_samples=settings.num_samples,
         seed=settings.seed,
         overflow=settings.overflow,

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gptjax import head_rows
+from gptjax.attention import MASKED
 from gptjax.cache import Cache, init_cache
 from gptjax.config import ModelConfig
 from gptjax.decode_layout import unstack
@@ -41,13 +42,26 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     """Keep the fewest likeliest tokens that have this probability together (Holtzman et al.,
     arXiv:1904.09751), after top_k; 1 keeps all."""
+    min_p: float = 0.0
+    """Keep the tokens at least this many times as likely as the likeliest (Nguyen et al.,
+    arXiv:2407.01082), after top_p; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens that are in the text already
+    (Keskar et al., arXiv:1909.05858), before all else; 1 changes nothing. The functions below that
+    take it need `seen` too: bool [B, V], the tokens of each text; None: there is no penalty."""
+
+    @classmethod
+    def of(cls, settings: Any) -> "Sampling":
+        """Those of a `GenerationConfig`, or of another object that calls them the same."""
+        return cls(*(getattr(settings, name) for name in cls._fields))
 
 
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """float32 [B, V] -> [B, V] divided by temperature, with what top-k and top-p leave out masked.
+    """float32 [B, V] -> [B, V] divided by temperature, with what top-k, top-p and min-p leave out
+    masked.
 
-    As the Hugging Face warpers in the order temperature, top-k, top-p; but equally likely tokens
-    stay or go together.
+    As the Hugging Face warpers in the order temperature, top-k, top-p, min-p; but equally likely
+    tokens stay or go together.
     """
     logits = logits / jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
 
@@ -57,8 +71,19 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     def top_p(logits: jax.Array) -> jax.Array:
         return keep_largest(logits, jax.nn.softmax(logits, axis=-1), sampling.top_p)
 
+    def min_p(logits: jax.Array) -> jax.Array:
+        least = logits.max(axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        return jnp.where(logits >= least, logits, MASKED)
+
     logits = jax.lax.cond(sampling.top_k > 0, top_k, lambda x: x, logits)
-    return jax.lax.cond(sampling.top_p < 1, top_p, lambda x: x, logits)
+    logits = jax.lax.cond(sampling.top_p < 1, top_p, lambda x: x, logits)
+    return jax.lax.cond(sampling.min_p > 0, min_p, lambda x: x, logits)
+
+
+def penalize(logits: jax.Array, seen: jax.Array, penalty: Any) -> jax.Array:
+    """float32 [B, V] logits with `Sampling.repetition_penalty`."""
+    penalized = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, penalized, logits)
 
 
 def hash_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Array:
@@ -76,11 +101,21 @@ def hash_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Arra
     return jax.vmap(rows, (0, None))(position + jnp.arange(count), jnp.arange(batch))
 
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+def sample(
+    logits: jax.Array, keys: jax.Array, sampling: Sampling, seen: jax.Array | None = None
+) -> jax.Array:
     """Draw int32 [B] tokens from logits [B, V], by the Gumbel-max trick (Gumbel 1954), with
     `hash_keys` [B, 2]."""
+    if seen is not None:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
     drawn = (filter_logits(logits, sampling) + gumbel(keys, logits.shape[1])).argmax(axis=-1)
     return jnp.where(sampling.temperature > 0, drawn, logits.argmax(-1)).astype(jnp.int32)
+
+
+def _add(seen: jax.Array | None, token: jax.Array) -> jax.Array | None:
+    if seen is None:
+        return None
+    return seen | (token[:, None] == jnp.arange(seen.shape[1]))
 
 
 def prefill(
@@ -90,6 +125,7 @@ def prefill(
     position: jax.Array,
     key: jax.Array,
     sampling: Sampling,
+    seen: jax.Array | None = None,
     *,
     config: ModelConfig,
     slots: int,
@@ -104,7 +140,7 @@ def prefill(
     assert cache is not None
     # The padding's keys and values lie beyond `length`: masked, and overwritten one by one.
     keys = hash_keys(key, position, 1, prompt.shape[0])
-    return sample(logits[:, 0], keys[0], sampling), cache._replace(length=length)
+    return sample(logits[:, 0], keys[0], sampling, seen), cache._replace(length=length)
 
 
 def decode(
@@ -115,6 +151,7 @@ def decode(
     position: jax.Array,
     key: jax.Array,
     sampling: Sampling,
+    seen: jax.Array | None = None,
     *,
     config: ModelConfig,
 ) -> tuple[jax.Array, Cache]:
@@ -122,14 +159,14 @@ def decode(
     `position`. -> (int32 [B, CHUNK], of which `count` columns count, the cache)."""
 
     def body(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        token, cache, out = carry
+        token, cache, out, seen = carry
         logits, cache = apply(config, params, token[:, None], cache)
-        token = sample(logits[:, 0], keys[i], sampling)
-        return token, cache, out.at[:, i].set(token)
+        token = sample(logits[:, 0], keys[i], sampling, seen)
+        return token, cache, out.at[:, i].set(token), _add(seen, token)
 
     keys = hash_keys(key, position, CHUNK, token.shape[0])
     out = jnp.zeros((token.shape[0], CHUNK), jnp.int32)
-    _, cache, out = jax.lax.fori_loop(0, count, body, (token, cache, out))
+    _, cache, out, _ = jax.lax.fori_loop(0, count, body, (token, cache, out, seen))
     return out, cache
 
 
@@ -140,6 +177,7 @@ def decode_window(
     position: jax.Array,
     key: jax.Array,
     sampling: Sampling,
+    seen: jax.Array | None = None,
     *,
     config: ModelConfig,
 ) -> jax.Array:
@@ -147,17 +185,17 @@ def decode_window(
     run the model over the last block_size tokens [B, block_size] for every token drawn.
     -> int32 [B, CHUNK], of which `count` columns count."""
 
-    def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        window, out = carry
+    def body(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        window, out, seen = carry
         last = jnp.asarray(window.shape[1] - 1)
         logits, _ = apply(config, params, window, logits_at=last)
-        token = sample(logits[:, 0], keys[i], sampling)
+        token = sample(logits[:, 0], keys[i], sampling, seen)
         window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
-        return window, out.at[:, i].set(token)
+        return window, out.at[:, i].set(token), _add(seen, token)
 
     keys = hash_keys(key, position, CHUNK, window.shape[0])
     out = jnp.zeros((window.shape[0], CHUNK), jnp.int32)
-    return jax.lax.fori_loop(0, count, body, (window, out))[1]
+    return jax.lax.fori_loop(0, count, body, (window, out, seen))[1]
 
 
 @functools.cache
@@ -251,9 +289,7 @@ def generate(
     """
     prefill, decode, decode_window = _jitted()
     key = random_key(seed)
-    settings = Sampling(
-        jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p)
-    )
+    settings = jax.tree.map(jnp.float32, sampling)._replace(top_k=jnp.int32(sampling.top_k))
     block = config.block_size
     rows, spread = num_samples, None
     if min(len(devices), num_samples) > 1:
@@ -262,7 +298,7 @@ def generate(
         spread = NamedSharding(mesh, PartitionSpec("samples"))
         rows = -(-num_samples // mesh.size) * mesh.size
 
-    def place(x: np.ndarray) -> Any:
+    def place(x: np.ndarray | None) -> Any:
         return jax.device_put(x, spread) if spread else x
 
     text = np.broadcast_to(np.asarray(prompt, np.int32), (rows, len(prompt)))
@@ -271,31 +307,38 @@ def generate(
         # The last token drawn need not fit: nothing follows it.
         end = min(end, max(block + 1, len(prompt)))
     room = slots(len(prompt), max_new_tokens, block)
-    cache, cached = None, 0
+    cache, cached, seen = None, 0, None
+    if sampling.repetition_penalty != 1:
+        seen = np.zeros((rows, config.vocab_size or 0), bool)
+        seen[:, prompt] = True
 
     while text.shape[1] < end:
         length = text.shape[1]
         if overflow == "exact" and length > block:
             count = min(chunk, end - length)
             out = decode_window(
-                params, place(text[:, -block:]), count, length, key, settings, config=config
-            )
+                params, place(text[:, -block:]), count, length, key, settings, place(seen),
+                config=config,
+            )  # fmt: skip
             new = np.asarray(out)[:, :count]
         elif cache is None or cached == block:
             # The first reading takes all that fits; "half" reads on with half a block.
-            seen = min(length, block if cache is None else max(1, block // 2))
-            padded = np.zeros((rows, bucket(seen, block)), np.int32)
-            padded[:, :seen] = text[:, -seen:]
+            size = min(length, block if cache is None else max(1, block // 2))
+            padded = np.zeros((rows, bucket(size, block)), np.int32)
+            padded[:, :size] = text[:, -size:]
             token, cache = prefill(
-                params, place(padded), seen, length, key, settings, config=config, slots=room,
-                lanes=lanes(),
+                params, place(padded), size, length, key, settings, place(seen), config=config,
+                slots=room, lanes=lanes(),
             )  # fmt: skip
-            cached, new = seen, np.asarray(token)[:, None]
+            cached, new = size, np.asarray(token)[:, None]
         else:
             count = min(chunk, end - length, room - cached)
             out, cache = decode(
-                params, place(text[:, -1]), cache, count, length, key, settings, config=config
-            )
+                params, place(text[:, -1]), cache, count, length, key, settings, place(seen),
+                config=config,
+            )  # fmt: skip
             cached, new = cached + count, np.asarray(out)[:, :count]
         text = np.concatenate([text, new], axis=1)
+        if seen is not None:
+            seen[np.arange(rows)[:, None], new] = True
         yield new[:num_samples]

@@ -64,8 +64,23 @@ def test_banded_unstacked_sinusoidal_models_decode_alike():
     assert run(prompt_of(5), 12, MIXED, params=params)[0].tolist() == expected
 
 
+@pytest.mark.parametrize("length", [1, 15, 25])
+def test_a_penalty_is_for_all_tokens_of_the_text_past_the_block_too(length):
+    text = prompt_of(length).tolist()
+    for _ in range(24):
+        logits = numpy_gpt.forward(CONFIG, params_of(CONFIG), text[-16:])[0][-1]
+        for token in set(text):
+            logits[token] = logits[token] * 1.5 if logits[token] < 0 else logits[token] / 1.5
+        text.append(int(logits.argmax()))
+    expected = text[length:]
+    assert expected != numpy_gpt.greedy(CONFIG, params_of(CONFIG), prompt_of(length), 24)
+    for chunk in (64, 1):
+        how = Sampling(0.0, repetition_penalty=1.5)
+        assert run(prompt_of(length), 24, how=how, chunk=chunk)[0].tolist() == expected
+
+
 def test_samples_do_not_depend_on_chunks_or_their_number():
-    random = functools.partial(run, [1, 2], 24, how=Sampling(1.0, 20, 0.9))
+    random = functools.partial(run, [1, 2], 24, how=Sampling(1.0, 20, 0.9, 0.01, 1.1))
     samples = [random(num_samples=3, chunk=chunk) for chunk in (1, 7, 64)]
     assert samples[0].shape == (3, 24) and samples[0].dtype == np.int32
     assert np.array_equal(samples[0], samples[1]) and np.array_equal(samples[0], samples[2])
@@ -163,6 +178,7 @@ def test_equally_likely_tokens_stay_or_go_together():
     assert kept([-0.0, 0.0, -1.0], Sampling(1.0, 1)) == [True, True, False]
     assert kept([0.0, 0.0, 0.0], Sampling(1.0, 0, 0.2)) == [True, True, True]
     assert kept([1.0, 3.0, 2.0], Sampling(0.0, 2)) == [False, True, True]
+    assert kept([3.0, 3.0, 2.9], Sampling(min_p=1.0)) == [True, True, False]
 
 
 def test_a_flat_vocabulary_of_gpt2s_size_is_summed_up_well():
@@ -212,7 +228,7 @@ def test_a_positions_key_depends_on_nothing_else():
 
 @pytest.mark.parametrize(("samples", "devices"), [(8, 8), (5, 8), (7, 3), (1, 8)])
 def test_samples_on_many_devices_are_those_of_one(samples, devices):
-    how = Sampling(1.0, top_k=40, top_p=0.9)
+    how = Sampling(1.0, top_k=40, top_p=0.9, repetition_penalty=1.2)
     expected = run(prompt_of(5), 24, how=how, num_samples=samples)
     before = set(map(id, jax.live_arrays()))
     pieces = generate(

@@ -37,8 +37,8 @@ class Limits(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Options(Config):
-    """A body's fields without `prompt`. Their names and defaults are OpenAI's; the last two are
-    vLLM's."""
+    """A body's fields without `prompt`. Their names and defaults are OpenAI's; the last four
+    are vLLM's."""
 
     model: str | None = None
     max_tokens: int = 16
@@ -57,6 +57,8 @@ class Options(Config):
     presence_penalty: float = 0.0
     suffix: str | None = None
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     return_token_ids: bool = False
 
     @property
@@ -66,9 +68,7 @@ class Options(Config):
     def problems(self) -> list[str]:
         out = self._check_ints(0, "max_tokens", "logprobs") + self._check_ints(1, "n")
         try:
-            GenerationConfig(
-                1, self.temperature, self.top_k, self.top_p, 1, self.seed or 0, self.stops
-            )
+            GenerationConfig(**Sampling.of(self)._asdict(), seed=self.seed or 0, stop=self.stops)
         except ConfigError as error:
             out += error.problems
         if len(self.stops) > 4:
@@ -211,15 +211,13 @@ class Choice:
     def stream(self) -> Stream:
         """For the engine."""
         options, ranked = self._options, self._options.logprobs is not None
+        sampling = Sampling.of(options)
+        if options.top_k >= self._tokenizer.n_vocab:  # all of them are no filter
+            sampling = sampling._replace(top_k=0)
         request = Request(
             self._prompt.ids,
             options.max_tokens,
-            # All of them are no filter.
-            Sampling(
-                options.temperature,
-                options.top_k if options.top_k < self._tokenizer.n_vocab else 0,
-                options.top_p,
-            ),
+            sampling,
             self._seed,
             ranked=ranked,
             prompt_ranked=ranked and options.echo,

@@ -24,7 +24,7 @@ from gptjax.cache import Cache, init_cache
 from gptjax.config import ModelConfig
 from gptjax.layers import compute_dtype
 from gptjax.run import activations
-from gptjax.sampling import CHUNK, Sampling, bucket, hash_keys, lanes, sample
+from gptjax.sampling import CHUNK, Sampling, bucket, hash_keys, lanes, penalize, sample
 from gptjax.train_step import random_key
 
 ALTERNATIVES = 10
@@ -53,19 +53,20 @@ class Rows(NamedTuple):
     seed: Any
     """int32."""
     sampling: Sampling
-    """float32, int32, float32."""
+    """float32, but int32 for top_k."""
 
     @classmethod
     def resting(cls, count: int) -> "Rows":
         """In numpy, to be filled in."""
         token, length, position, steps, seed, top_k = np.zeros((6, count), np.int32)
-        temperature, top_p = np.ones((2, count), np.float32)
-        sampling: Any = (temperature, top_k, top_p)
-        return cls(token, length, position, steps, seed, Sampling(*sampling))
+        settings: Any = [np.full(count, x, np.float32) for x in Sampling()]
+        sampling = Sampling(*settings)._replace(top_k=top_k)  # type: ignore[arg-type]
+        return cls(token, length, position, steps, seed, sampling)
 
 
 class Ranks(NamedTuple):
-    """How likely tokens were, by the model itself: before temperature, top-k and top-p."""
+    """How likely tokens were, by the model itself: before temperature and what else shapes a
+    draw."""
 
     logprobs: Any
     """float32 [...]: natural logarithms of their probabilities."""
@@ -94,7 +95,11 @@ class Decoder:
         caches = [jax.tree.map(empty, (one.keys, one.values)) for _ in range(groups)]
         # Committed to a device, as what a program returns is: otherwise the first calls would be
         # compiled twice.
-        self._params, self._caches = jax.device_put((params, caches), jax.local_devices()[0])
+        unseen = np.zeros((self._group, config.vocab_size or 0), bool)
+        self._device = jax.local_devices()[0]
+        self._params, self._caches, self._unseen = jax.device_put(
+            (params, caches, unseen), self._device
+        )
         # Not with `sampling_compiler_options`: products over many rows are large (0.8M, 32 rows of
         # 256: 2.3 instead of 3.1 ms of CPU time a step).
         self._decode = jax.jit(functools.partial(_decode, config=config), donate_argnums=1)
@@ -102,16 +107,20 @@ class Decoder:
         self._look = jax.jit(functools.partial(_look, config=config))
 
     @numerics.standard()
-    def decode(self, rows: Rows, ranked: bool) -> tuple[np.ndarray, Ranks]:
+    def decode(
+        self, rows: Rows, ranked: bool, seen: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Ranks]:
         """Draw `rows.steps` tokens in each row: (int32 [K, R], of which `steps` count, how likely
-        each was [K, R], if `ranked`)."""
+        each was [K, R], if `ranked`). `seen`: bool [R, V], the tokens of the texts that have a
+        repetition penalty, where there is one."""
         drawn = {}
         for group in range(len(self._caches)):
-            start = group * self._group
-            own = jax.tree.map(lambda x, start=start: x[start : start + self._group], rows)
+            part = slice(group * self._group, (group + 1) * self._group)
+            own = jax.tree.map(lambda x, part=part: x[part], rows)
             if count := own.steps.max():
+                known = self._unseen if seen is None else jax.device_put(seen[part], self._device)
                 self._caches[group], drawn[group] = self._decode(
-                    self._params, self._caches[group], own, count, ranked
+                    self._params, self._caches[group], own, count, ranked, known
                 )
         drawn = jax.device_get(drawn)
         nothing = jax.tree.map(np.zeros_like, next(iter(drawn.values())))
@@ -160,8 +169,9 @@ class Decoder:
 
 
 def _decode(
-    params: Any, cache: Any, rows: Rows, count: jax.Array, ranked: jax.Array, *, config: ModelConfig
-) -> tuple[Any, tuple[jax.Array, Ranks]]:
+    params: Any, cache: Any, rows: Rows, count: jax.Array, ranked: jax.Array, seen: jax.Array, *,
+    config: ModelConfig,
+) -> tuple[Any, tuple[jax.Array, Ranks]]:  # fmt: skip
     """`Decoder.decode`; `count` []: the largest of `rows.steps`. All rows draw so many; what a row
     writes beyond its own steps lies beyond its tokens, as padding does: masked, and overwritten."""
 
@@ -178,16 +188,30 @@ def _decode(
 
     keys = jax.vmap(keys_of)(rows.seed, rows.position)  # [R, K, 1, 2]
     drawing = rows.steps > 0
-    filtered = (drawing & ((rows.sampling.top_k > 0) | (rows.sampling.top_p < 1))).any()
+    how = rows.sampling
+    penalized = drawing & (how.repetition_penalty != 1)
+    filtered = drawing & ((how.top_k > 0) | (how.top_p < 1) | (how.min_p > 0))
+    shaped = (penalized | filtered).any()
 
     def body(i: jax.Array, carry: Any) -> Any:
         token, length, (k, v), out = carry
         logits, k, v = jax.vmap(feed)(token, k, v, length)  # [R, 1, V]
+
+        def penalty() -> jax.Array:
+            # For the tokens to come stands the text's last one, which is in `seen`.
+            so_far = jnp.where(jnp.arange(CHUNK)[:, None] < i, out[0], rows.token)
+            own = seen.at[jnp.arange(len(token)), so_far].set(True)
+            return jax.vmap(penalize)(logits, own[:, None], how.repetition_penalty)
+
+        def draw_shaped() -> jax.Array:
+            penalized_logits = jax.lax.cond(penalized.any(), penalty, lambda: logits)
+            return jax.vmap(sample)(penalized_logits, keys[:, i], how)
+
         drawn = jax.lax.cond(
-            filtered,
-            lambda: jax.vmap(sample)(logits, keys[:, i], rows.sampling),
-            # Without the filters, which otherwise all rows would pay for.
-            lambda: jax.vmap(unfiltered)(logits, keys[:, i], rows.sampling.temperature),
+            shaped,
+            draw_shaped,
+            # Without what otherwise all rows would pay for.
+            lambda: jax.vmap(unfiltered)(logits, keys[:, i], how.temperature),
         )[:, 0]
         ranks = jax.lax.cond(
             ranked, lambda: _rank(logits[:, 0], drawn), lambda: _no_ranks(config, len(drawn))

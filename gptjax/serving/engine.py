@@ -215,7 +215,7 @@ class Engine:
         block = self.decoder.config.block_size
         rows = Rows.resting(len(self._rows))
         most = int(np.clip(INTERVAL / self._seconds, 1, CHUNK))
-        ranked = False
+        ranked, seen = False, None
         for row, stream in enumerate(self._rows):
             if stream is None:
                 continue
@@ -233,10 +233,14 @@ class Engine:
             for of_all, own in zip(settings, request.sampling, strict=True):
                 of_all[row] = own
             ranked = ranked or request.ranked
+            if request.sampling.repetition_penalty != 1:
+                if seen is None:
+                    seen = np.zeros((len(self._rows), self.decoder.config.vocab_size or 0), bool)
+                seen[row, text] = True
         if not rows.steps.any():
             return
         began = time.monotonic()
-        tokens, ranks = self.decoder.decode(rows, ranked)
+        tokens, ranks = self.decoder.decode(rows, ranked, seen)
         took = (time.monotonic() - began) / rows.steps.max()
         self._seconds += (took - self._seconds) / 4
         for row in map(int, np.flatnonzero(rows.steps)):

@@ -75,13 +75,16 @@ def mixed(count: int, seed: int = 0) -> list[Request]:
         Request(
             np.array(draw.choices(range(61), k=draw.randint(1, 40)), np.int32),
             draw.randint(1, 60),
-            Sampling(draw.choice([0.0, 0.7, 1.5]), draw.choice([0, 3]), draw.choice([0.8, 1.0])),
+            Sampling(
+                draw.choice([0.0, 0.7, 1.5]), draw.choice([0, 3]), draw.choice([0.8, 1.0]),
+                draw.choice([0.0, 0.1]), draw.choice([1.0, 1.0, 1.4]),
+            ),
             seed=draw.randrange(1000),
             ranked=draw.random() < 0.5,
             prompt_ranked=draw.random() < 0.5,
         )
         for _ in range(count)
-    ]
+    ]  # fmt: skip
 
 
 def test_a_text_is_the_same_alone_and_among_others(shared):
