@@ -65,9 +65,10 @@ class GrowingText:
             # The stop that was complete first: so it does not matter how many tokens come at once.
             self.text, self.ended = self.text[: min(found)[1]], True
 
-    def take(self) -> str:
+    def take(self, *, keep: bool = True) -> str:
         """What has come since the last call and cannot change any more: no incomplete character,
-        no beginning of a stop text."""
+        no beginning of a stop text. `keep`: whether it stays part of `text`, which otherwise never
+        grows long."""
         text = self.text
         if not self.ended:
             text = text.rstrip("\ufffd")
@@ -76,6 +77,10 @@ class GrowingText:
             ]
             text = text[: len(text) - max(partial, default=0)]
         new, self._taken = text[self._taken :], max(self._taken, len(text))
+        if not keep:
+            cut = min(self._taken, len(self._whole))
+            self.text, self._whole = self.text[cut:], self._whole[cut:]
+            self._taken -= cut
         return new
 
 

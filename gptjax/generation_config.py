@@ -13,7 +13,7 @@ class GenerationConfig(Config):
     """How a prompt is continued. Equal settings give the same text."""
 
     max_new_tokens: int = 500
-    """Tokens to generate."""
+    """Tokens to generate; 0: streams one sample for ever."""
     temperature: float = 0.8
     """Below 1 safer, above 1 wilder; 0 always takes the likeliest token."""
     top_k: int = 200
@@ -37,8 +37,10 @@ class GenerationConfig(Config):
     tokens; half: drop the older half and go on, much faster; stop: end there."""
 
     def problems(self) -> list[str]:
-        out = self._check_ints(1, "max_new_tokens", "num_samples")
-        out += self._check_ints(0, "top_k", "seed")
+        out = self._check_ints(1, "num_samples")
+        out += self._check_ints(0, "max_new_tokens", "top_k", "seed")
+        if self.max_new_tokens == 0 and self.num_samples > 1:
+            out.append("max_new_tokens 0 is for ever, of which there can be one sample only")
         if not 0 <= self.temperature <= 1e6:
             out.append(f"temperature {self.temperature} is outside [0, 1e6]")
         if not 0 < self.top_p <= 1:

@@ -75,6 +75,7 @@ class Run:
         """Continue a prompt. The same seed and settings give the same text.
 
         Args:
+            max_new_tokens: 0: for ever, with `stream`.
             prompt: None: a line end. "": the token that ends a document, so a new one begins.
             temperature: below 1 safer, above 1 wilder; 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only; 0 from all.
@@ -104,6 +105,8 @@ class Run:
             num_samples=1 if num_samples is None else num_samples, seed=seed, stop=stop,
             ignore_end_of_text=ignore_end_of_text, overflow=overflow,
         )  # fmt: skip
+        if not (stream or max_new_tokens):
+            raise UserError("max_new_tokens 0 is for ever; that takes stream=True")
         if stream and settings.num_samples != 1:
             raise UserError("only one sample can be streamed; leave out num_samples")
         ids = prompt_ids(self.tokenizer, prompt, skip_unknown=skip_unknown)
@@ -114,7 +117,8 @@ class Run:
         ]
         growing = grow(texts, pieces)
         if stream:
-            return (piece for _ in numerics.each(growing) if (piece := texts[0].take()))
+            pieces_of_text = (texts[0].take(keep=False) for _ in numerics.each(growing))
+            return filter(None, pieces_of_text)
         for _ in growing:
             pass
         found = [text.text for text in texts]
@@ -219,7 +223,7 @@ def tokens(
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """As `sampling.generate`; one token at a time where they are streamed. UserError: so many
     samples do not fit."""
-    total = len(prompt) + settings.max_new_tokens
+    total = len(prompt) + (settings.max_new_tokens or config.block_size)
     # Weights that are shared out stay so; else the samples are.
     shared = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     alone = all(len(x.sharding.device_set) == 1 for x in shared)
@@ -228,7 +232,7 @@ def tokens(
     return sampling.generate(
         params,
         prompt,
-        settings.max_new_tokens,
+        settings.max_new_tokens or None,
         config,
         sampling.Sampling.of(settings),
         num_samples=settings.num_samples,

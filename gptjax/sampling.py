@@ -6,6 +6,7 @@ sampling settings are arrays, so that changing them never does.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from gptjax.generation_config import Overflow
 from gptjax.hashed_random import gumbel
 from gptjax.logit_threshold import keep_largest
 from gptjax.model import apply, compute_dtype, init
+from gptjax.settings import INT_LIMIT
 from gptjax.train_step import random_key
 
 CHUNK = 64
@@ -266,7 +268,7 @@ def compile_for(
 def generate(
     params: Any,
     prompt: np.ndarray,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     config: ModelConfig,
     sampling: Sampling = Sampling(),
     *,
@@ -279,7 +281,8 @@ def generate(
     """Continue `prompt` (int [P], P >= 1) `num_samples` times.
 
     Yields int32 [num_samples, n] new tokens, n <= `chunk` <= CHUNK, until there are
-    `max_new_tokens`. Of a prompt longer than the block the last block_size tokens count.
+    `max_new_tokens` (None: for ever). Of a prompt longer than the block the last block_size tokens
+    count.
 
     Past block_size, `overflow` "exact" goes on as an uncached model that sees the last block_size
     tokens would; "half" drops the older half of the block and reads the rest anew (fast; identical
@@ -301,23 +304,24 @@ def generate(
     def place(x: np.ndarray | None) -> Any:
         return jax.device_put(x, spread) if spread else x
 
-    text = np.broadcast_to(np.asarray(prompt, np.int32), (rows, len(prompt)))
-    end = len(prompt) + max_new_tokens
+    length = len(prompt)
+    text = np.broadcast_to(np.asarray(prompt[-block:], np.int32), (rows, min(length, block)))
+    end = length + (math.inf if max_new_tokens is None else max_new_tokens)
     if overflow == "stop":
         # The last token drawn need not fit: nothing follows it.
-        end = min(end, max(block + 1, len(prompt)))
-    room = slots(len(prompt), max_new_tokens, block)
+        end = min(end, max(block + 1, length))
+    room = slots(length, block if max_new_tokens is None else max_new_tokens, block)
     cache, cached, seen = None, 0, None
     if sampling.repetition_penalty != 1:
         seen = np.zeros((rows, config.vocab_size or 0), bool)
         seen[:, prompt] = True
 
-    while text.shape[1] < end:
-        length = text.shape[1]
+    while length < end:
+        count = int(min(chunk, end - length))
+        position = length % INT_LIMIT
         if overflow == "exact" and length > block:
-            count = min(chunk, end - length)
             out = decode_window(
-                params, place(text[:, -block:]), count, length, key, settings, place(seen),
+                params, place(text), count, position, key, settings, place(seen),
                 config=config,
             )  # fmt: skip
             new = np.asarray(out)[:, :count]
@@ -327,18 +331,19 @@ def generate(
             padded = np.zeros((rows, bucket(size, block)), np.int32)
             padded[:, :size] = text[:, -size:]
             token, cache = prefill(
-                params, place(padded), size, length, key, settings, place(seen), config=config,
+                params, place(padded), size, position, key, settings, place(seen), config=config,
                 slots=room, lanes=lanes(),
             )  # fmt: skip
             cached, new = size, np.asarray(token)[:, None]
         else:
-            count = min(chunk, end - length, room - cached)
+            count = min(count, room - cached)
             out, cache = decode(
-                params, place(text[:, -1]), cache, count, length, key, settings, place(seen),
+                params, place(text[:, -1]), cache, count, position, key, settings, place(seen),
                 config=config,
             )  # fmt: skip
             cached, new = cached + count, np.asarray(out)[:, :count]
-        text = np.concatenate([text, new], axis=1)
+        text = np.concatenate([text, new], axis=1)[:, -block:]
+        length += new.shape[1]
         if seen is not None:
             seen[np.arange(rows)[:, None], new] = True
         yield new[:num_samples]

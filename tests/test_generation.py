@@ -57,6 +57,20 @@ def test_text_ends_before_the_first_stop_however_it_comes(text, stops, cut):
     assert not any(stop in found for stop in stops)
 
 
+@given(st.text("abc", max_size=60), st.lists(st.text("abc", min_size=1, max_size=4), max_size=2))
+@example("é" * 5, [])
+def test_what_is_not_kept_does_not_change_what_comes(text, stops):
+    _, expected = grown(BYTES, text, 1, stops=stops)
+    growing, pieces = GrowingText(BYTES, stops), []
+    for id_ in BYTES.encode(text):
+        growing.extend(np.array([id_]))
+        pieces.append(growing.take(keep=False))
+        held = max(map(len, stops), default=1)
+        assert growing.ended or len(growing.text) <= held
+    growing.ended = True
+    assert [*pieces, growing.take()] == expected
+
+
 def test_the_beginning_of_a_stop_is_held_back_until_it_is_none():
     text, pieces = grown(LETTERS, "abcabdab", 1, stops=["abd"])
     assert (text, pieces) == ("abc", ["", "", "abc", "", "", "", "", "", ""])

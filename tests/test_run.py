@@ -146,7 +146,10 @@ def test_pieces_of_a_stream_are_the_text(run):
     pieces = run.generate("RICH", max_new_tokens=40, stream=True)
     first = next(pieces)
     assert len(first) == 1  # it comes before the rest is there
-    assert first + "".join(pieces) == run.generate("RICH", max_new_tokens=40)
+    whole = run.generate("RICH", max_new_tokens=40)
+    assert first + "".join(pieces) == whole
+    endless = run.generate("RICH", max_new_tokens=0, stream=True)
+    assert "".join(itertools.islice(endless, 40)) == whole
 
 
 def test_samples_are_drawn_side_by_side_and_by_seed(run):
@@ -188,6 +191,7 @@ def test_a_text_ends_with_the_end_of_text_token():
         (lambda run: run.generate(""), "prompt is empty"),
         (lambda run: run.generate("é"), "é"),
         (lambda run: run.generate("é", max_new_tokens=0), "max_new_tokens 0"),
+        (lambda run: run.generate("R", max_new_tokens=0, num_samples=2), "one sample only"),
         (lambda run: run.generate("é", skip_unknown=True), "prompt is empty"),
         (lambda run: run.generate("R", stream=True, num_samples=2), "leave out num_samples"),
         (lambda run: run.generate("R", stop="E"), "stop is 'E'; expected"),

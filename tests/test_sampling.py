@@ -89,6 +89,17 @@ def test_samples_do_not_depend_on_chunks_or_their_number():
     assert not np.array_equal(samples[0], random(num_samples=3, seed=1))
 
 
+@pytest.mark.parametrize("overflow", ["exact", "half"])
+def test_for_ever_begins_as_a_finite_text(overflow):
+    endless = generate(params_of(CONFIG), prompt_of(5), None, CONFIG, Sampling(), overflow=overflow)
+    begun = [piece for _, piece in zip(range(9), endless, strict=False)]
+    found = np.concatenate(begun, axis=1)
+    assert np.array_equal(
+        found, run(prompt_of(5), found.shape[1], how=Sampling(), overflow=overflow)
+    )
+    assert found.shape[1] >= 40  # past the block of 16
+
+
 def test_half_goes_on_with_half_a_block_each_time_it_is_full():
     prompt = prompt_of(5)
     half = run(prompt, 40, overflow="half")[0]

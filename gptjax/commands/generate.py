@@ -27,7 +27,7 @@ class GenerateFlags(GenerationConfig):
     prompt_file: str | None = None
     """Read the prompt from this file instead; - is standard input."""
     stream: bool = False
-    """Print the first sample's tokens as they come."""
+    """Print the first sample's tokens as they come. (On if --max-new-tokens is 0.)"""
     unknown: Literal["error", "skip"] = "error"
     """What to do with characters of the prompt that the tokenizer does not know."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -88,24 +88,25 @@ def main(argv: list[str], prog: str) -> None:
     stops = [flags.unescape(flags.text("--stop", text)) for text in given.stop]
     eot = None if given.ignore_end_of_text else model.tokenizer.eot
     # Not `run.generate`: this needs no second copy of the weights, and counts the tokens.
+    stream = given.stream or not given.max_new_tokens
     tokens = run.tokens(
         unstack(model.params, model.config, consume=True), prompt, model.config, given,
-        stream=given.stream,
+        stream=stream,
     )  # fmt: skip
     samples = [GrowingText(model.tokenizer, stops, eot) for _ in range(given.num_samples)]
     made, began = 0, time.perf_counter()
     terminal.status("compiling ...")
     for count in grow(samples, tokens):
-        if given.stream and not made:
+        if stream and not made:
             terminal.status("")
             print(prompt_text, end="", flush=True)
         made += count
-        if given.stream:
-            print(samples[0].take(), end="", flush=True)
+        if stream:
+            print(samples[0].take(keep=False), end="", flush=True)
         else:
             terminal.status(f"{made:,} of {given.max_new_tokens:,} tokens" if count else "")
     for number, sample in enumerate(samples):
-        print("" if given.stream and number == 0 else prompt_text + sample.text)
+        print("" if stream and number == 0 else prompt_text + sample.text)
         if len(samples) > 1:
             print("---------------")
     took = f"{made} tokens x {given.num_samples} in {time.perf_counter() - began:.1f} s"
@@ -137,7 +138,7 @@ def dry_run(name: str, given: GenerateFlags, prompt: str) -> None:
     dtype = config.replace(dtype=given.dtype if given.dtype != "auto" else config.dtype)
     dry_run.print_sampling(
         setup.resolve_dtype(dtype, device), device, prompt=min(count, config.block_size),
-        max_new_tokens=given.max_new_tokens, num_samples=given.num_samples,
+        max_new_tokens=given.max_new_tokens or config.block_size, num_samples=given.num_samples,
     )  # fmt: skip
 
 

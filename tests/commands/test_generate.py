@@ -3,8 +3,11 @@
 import io
 import os
 import shutil
+import signal
+import subprocess
 import sys
 
+import helpers
 import pytest
 
 from gptjax import run
@@ -124,6 +127,21 @@ def test_every_overflow_goes_past_the_block_or_ends(moved, gptjax, capsys, how):
     text = gptjax(*argv, "--ignore-end-of-text")
     made = 40 if how != "stop" else 14  # the last token drawn needs no room in the block of 16
     assert len(text) == 3 + made + 1 and f"{made} tokens x 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_for_ever_ends_with_ctrl_c(moved, gptjax, cache_dir):
+    argv = ["--run-dir", str(moved), "--prompt", "now"]
+    process = subprocess.Popen(
+        [sys.executable, helpers.GENERATE, *argv, "--max-new-tokens", "0", "--overflow", "half"],
+        env=helpers.command_environment(cache_dir), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    begun = process.stdout.read(200)
+    process.send_signal(signal.SIGINT)
+    assert helpers.finish(process).returncode == 130
+    flags = ["--max-new-tokens", 230, "--overflow", "half"]
+    assert gptjax("generate", *argv, *flags).startswith(begun)
 
 
 @pytest.mark.slow
