@@ -88,8 +88,9 @@ def penalize(logits: jax.Array, seen: jax.Array, penalty: Any) -> jax.Array:
     return jnp.where(seen, penalized, logits)
 
 
-def hash_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Array:
-    """uint32 [count, batch, 2]: `hashed_random`'s keys for the tokens from `position` on.
+def hash_keys(key: jax.Array, position: Any, count: int, batch: int, first: Any = 0) -> jax.Array:
+    """uint32 [count, batch, 2]: `hashed_random`'s keys for the tokens from `position` on, of the
+    rows from `first` on.
 
     Row b's randomness at a position follows from (key, position, b) alone: it does not depend on
     how many rows there are, on the cache, or on how the work is cut into chunks.
@@ -100,7 +101,7 @@ def hash_keys(key: jax.Array, position: Any, count: int, batch: int) -> jax.Arra
         return jax.random.bits(own, (2,), jnp.uint32)
 
     rows = jax.vmap(one, (None, 0))
-    return jax.vmap(rows, (0, None))(position + jnp.arange(count), jnp.arange(batch))
+    return jax.vmap(rows, (0, None))(position + jnp.arange(count), first + jnp.arange(batch))
 
 
 def sample(

@@ -1,15 +1,20 @@
 """gptjax generate [RUN]: continue a prompt with a trained model."""
 
 import dataclasses
+import json
 import sys
 import time
-from typing import Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 from gptjax import config_io, files
 from gptjax.commands import flags, terminal
 from gptjax.errors import UserError
 from gptjax.generation_config import GenerationConfig
 from gptjax.runtime_config import DeviceKind
+
+if TYPE_CHECKING:
+    from gptjax.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,16 @@ class GenerateFlags(GenerationConfig):
     """End a sample before any of these texts; \\n, \\t and \\\\ are understood."""
     prompt_file: str | None = None
     """Read the prompt from this file instead; - is standard input."""
+    prompts: str | None = None
+    """Continue each line of this file (- is standard input), or the "prompt" of each line of a
+    .jsonl file, many at a time."""
+    json: bool = False
+    """Print a line of JSON for each sample."""
+    logprobs: int | None = None
+    """Print the log-probability of each token drawn, and of so many of the likeliest in its place
+    (0 to 10)."""
+    rows: int = 32
+    """With --prompts, --json and --logprobs: texts drawn at the same time."""
     stream: bool = False
     """Print the first sample's tokens as they come. (On if --max-new-tokens is 0.)"""
     unknown: Literal["error", "skip"] = "error"
@@ -50,7 +65,21 @@ class GenerateFlags(GenerationConfig):
             out.append("--dry-run and --topology go together")
         if self.dry_run and self.sharded:
             out.append("a dry run of sampling is for one chip; leave out --sharded")
-        return out
+        if len([x for x in (self.prompt, self.prompt_file, self.prompts) if x is not None]) > 1:
+            out.append("--prompt, --prompt-file and --prompts exclude each other")
+        if self.shares_rows and (self.stream or self.sharded or not self.max_new_tokens):
+            out.append(
+                "--stream, --sharded and --max-new-tokens 0 do not go with --prompts, --json or"
+                " --logprobs"
+            )
+        if not 0 <= (self.logprobs or 0) <= 10:
+            out.append(f"logprobs {self.logprobs} is outside [0, 10]")
+        return out + self._check_ints(1, "rows")
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether the texts are drawn in the rows of a batch, as a server's are."""
+        return self.json or self.prompts is not None or self.logprobs is not None
 
 
 DEFAULTS = [GenerateFlags()]
@@ -62,9 +91,9 @@ def main(argv: list[str], prog: str) -> None:
     run_dir = named[0] if named else "runs/quickstart"
     if not named and given.stop and terminal.is_run(files.path(given.stop[-1])):
         raise UserError(f"--stop takes all that follows it; name the run before: {prog} RUN --stop")
-    prompt_text = read_prompt(given)
+    prompts = read_prompts(given)
     if given.topology:
-        dry_run(run_dir, given, prompt_text or "\n")
+        dry_run(run_dir, given, prompts[0] or "\n")
         return
     terminal.need_run(run_dir)
     # JAX is imported when the command runs, not to print its help.
@@ -77,15 +106,20 @@ def main(argv: list[str], prog: str) -> None:
     setup.use_compilation_cache(files.cache_dir() / "xla")
     terminal.status(f"loading {run_dir} ...")
     model = run.load(run_dir, given.checkpoint, dtype=given.dtype, sharded=given.sharded)
-    skip = given.unknown == "skip"
-    try:
-        prompt = prompt_ids(model.tokenizer, prompt_text, skip_unknown=skip)
-    except UserError as error:
-        hint = "" if skip or not prompt_text else "; --unknown skip leaves out unknown characters"
-        raise UserError(f"{error}{hint}") from None
-    if prompt_text is None:
-        prompt_text = model.tokenizer.decode(prompt.tolist())
+    skip, encoded = given.unknown == "skip", []
+    for number, text in enumerate(prompts, 1):
+        try:
+            ids = prompt_ids(model.tokenizer, text, skip_unknown=skip)
+            encoded.append((model.tokenizer.decode(ids.tolist()) if text is None else text, ids))
+        except UserError as error:
+            where = f"prompt {number}: " if given.prompts is not None else ""
+            hint = "" if skip or not text else "; --unknown skip leaves out unknown characters"
+            raise UserError(f"{where}{error}{hint}") from None
     stops = [flags.unescape(flags.text("--stop", text)) for text in given.stop]
+    if given.shares_rows:
+        share_rows(run_dir, model, encoded, given, stops)
+        return
+    ((prompt_text, prompt),) = encoded
     eot = None if given.ignore_end_of_text else model.tokenizer.eot
     # Not `run.generate`: this needs no second copy of the weights, and counts the tokens.
     stream = given.stream or not given.max_new_tokens
@@ -111,6 +145,51 @@ def main(argv: list[str], prog: str) -> None:
             print("---------------")
     took = f"{made} tokens x {given.num_samples} in {time.perf_counter() - began:.1f} s"
     print(f"[{run_dir}, step {model.step}: {took}]", file=sys.stderr)
+
+
+def share_rows(
+    run_dir: str, model: "Run", prompts: list[tuple[str, Any]], given: GenerateFlags,
+    stops: list[str],
+) -> None:  # fmt: skip
+    """Print the samples of all prompts. Raises UserError: the rows do not fit the memory."""
+    from gptjax.decode_layout import unstack
+    from gptjax.devices import memory
+    from gptjax.serving import batch
+    from gptjax.serving.completions import Prompt
+    from gptjax.serving.decoder import Decoder
+    from gptjax.serving.engine import Engine
+
+    config, total = model.config, len(prompts) * given.num_samples
+    rows, began, drawn = min(given.rows, total), time.perf_counter(), 0
+    memory.refuse_too_many(config, rows, config.block_size, setting="--rows")
+    terminal.status("compiling ...")
+    decoder = Decoder(unstack(model.params, config, consume=True), config, rows)
+    engine, settings = Engine(decoder, 2 * decoder.rows), given.replace(stop=tuple(stops))
+    texts = [Prompt(*each) for each in prompts]
+    samples = batch.complete(engine, model.tokenizer, texts, settings, given.logprobs)
+    for done, sample in enumerate(samples, 1):
+        terminal.status("")
+        drawn += sample["completion_tokens"]
+        if given.json:
+            print(json.dumps(sample), flush=True)
+        else:
+            print(sample["prompt"] + sample["text"])
+            if given.logprobs is not None:
+                print("\n".join(["", *table(sample["logprobs"], given.logprobs)]))
+            if total > 1:
+                print("---------------", flush=True)
+        terminal.status(f"{done:,} of {total:,} texts" if done < total else "")
+    took = f"{total} texts, {drawn} tokens in {time.perf_counter() - began:.1f} s"
+    print(f"[{run_dir}, step {model.step}: {took}]", file=sys.stderr)
+
+
+def table(logprobs: dict[str, Any], alternatives: int) -> Iterator[str]:
+    """A line for each token: its log-probability, itself, and the likeliest in its place."""
+    columns = (logprobs[name] for name in ("tokens", "token_logprobs", "top_logprobs"))
+    for token, logprob, top in zip(*columns, strict=True):
+        likeliest = "  ".join(f"{other!r} {x:.4f}" for other, x in [*top.items()][:alternatives])
+        own = "       -" if logprob is None else f"{logprob:8.4f}"
+        yield f"{own}  {token!r:16}{likeliest}".rstrip()
 
 
 def dry_run(name: str, given: GenerateFlags, prompt: str) -> None:
@@ -142,16 +221,34 @@ def dry_run(name: str, given: GenerateFlags, prompt: str) -> None:
     )  # fmt: skip
 
 
-def read_prompt(given: GenerateFlags) -> str | None:
-    """The prompt's text, from the flag, a file or standard input; None where there is none.
+def read_prompts(given: GenerateFlags) -> list[str | None]:
+    """The prompts' texts, from the flag, a file or standard input; [None] where there is none.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: they cannot be read, or are not UTF-8.
     """
-    name = given.prompt_file
+    flag = "--prompts" if given.prompts is not None else "--prompt-file"
+    name = given.prompt_file if given.prompts is None else given.prompts
     if name is None:
-        return (
-            None if given.prompt is None else flags.unescape(flags.text("--prompt", given.prompt))
-        )
-    what = f"--prompt-file {name}"
-    return files.read_stdin(what) if name == "-" else files.read_text(files.path(name), what)
+        if given.prompt is None:
+            return [None]
+        return [flags.unescape(flags.text("--prompt", given.prompt))]
+    what = f"{flag} {name}"
+    text = files.read_stdin(what) if name == "-" else files.read_text(files.path(name), what)
+    if flag == "--prompt-file":
+        return [text]
+    found: list[str | None] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line and name.endswith(".jsonl"):
+            where = f"{name}, line {number}"
+            value = files.parse_json(line, where)
+            if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+                raise UserError(f'{where}: expected an object with a text "prompt"')
+            line = value["prompt"]
+        elif not line:
+            continue
+        found.append(line)
+    if not found:
+        raise UserError(f"{what} has no prompts; expected one in each line")
+    return found

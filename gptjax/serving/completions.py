@@ -37,7 +37,7 @@ class Limits(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Options(Config):
-    """A body's fields without `prompt`. Their names and defaults are OpenAI's; the last four
+    """A body's fields without `prompt`. Their names and defaults are OpenAI's; from `top_k` on they
     are vLLM's."""
 
     model: str | None = None
@@ -59,6 +59,7 @@ class Options(Config):
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    ignore_eos: bool = False
     return_token_ids: bool = False
 
     @property
@@ -71,8 +72,6 @@ class Options(Config):
             GenerationConfig(**Sampling.of(self)._asdict(), seed=self.seed or 0, stop=self.stops)
         except ConfigError as error:
             out += error.problems
-        if len(self.stops) > 4:
-            out.append(f"{len(self.stops)} stop texts; at most 4 are supported")
         if (self.logprobs or 0) > ALTERNATIVES:
             out.append(f"logprobs {self.logprobs} is more than {ALTERNATIVES}")
         if self.best_of not in (None, self.n):
@@ -116,6 +115,8 @@ def parse(body: Any, tokenizer: Tokenizer, limits: Limits) -> Order:
         raise UserError("stream_options is an object that goes with stream")
     _check_names(stream_options, ["include_usage"])
     options = Options(**given)
+    if len(options.stops) > 4:
+        raise UserError(f"{len(options.stops)} stop texts; at most 4 are supported")
     if options.max_tokens > limits.max_tokens:
         raise UserError(f"max_tokens {options.max_tokens} is more than {limits.max_tokens}")
     prompts = list(_prompts(prompt, tokenizer))
@@ -201,7 +202,8 @@ class Choice:
         self._index, self._prompt, self._options = index, prompt, order.options
         self._seed = (order.seed + index % order.options.n) % INT_LIMIT
         self._tokenizer, self._send = tokenizer, send
-        self._growing = GrowingText(tokenizer, order.options.stops, tokenizer.eot)
+        self._eot = None if order.options.ignore_eos else tokenizer.eot
+        self._growing = GrowingText(tokenizer, order.options.stops, self._eot)
         self._pending: list[tuple[int, int, dict[str, Any]]] = []
         """Where the text of each unreported token begins and ends, and what to report."""
         self._started = False
@@ -258,7 +260,7 @@ class Choice:
         if self._options.logprobs is None and not self._options.stops:
             self._growing.extend(piece.ids)
             ids = piece.ids.tolist()
-            count = ids.index(self._tokenizer.eot) + 1 if self._growing.ended else len(ids)
+            count = ids.index(self._eot) + 1 if self._growing.ended else len(ids)
             self.drawn += count
             return ids[:count]
         taken = []
@@ -266,7 +268,7 @@ class Choice:
             start = before + self._growing.whole
             self._growing.extend(piece.ids[i : i + 1])
             taken.append(id_)
-            if piece.ranks and id_ != self._tokenizer.eot:
+            if piece.ranks and id_ != self._eot:
                 end = before + self._growing.whole
                 ranks = Ranks(*(x[i] for x in piece.ranks))
                 entry = _entry(self._tokenizer, id_, start, ranks, self._options.logprobs)
@@ -386,10 +388,10 @@ class Answer:
         by_choice: list[list[dict[str, Any]]] = [[] for _ in choices]
         for update in updates:
             by_choice[update["index"]].append(self.complete(update))
-        return self.usage(choices) | {"choices": [_joined(own) for own in by_choice]}
+        return self.usage(choices) | {"choices": [joined(own) for own in by_choice]}
 
 
-def _joined(updates: list[dict[str, Any]]) -> dict[str, Any]:
+def joined(updates: list[dict[str, Any]]) -> dict[str, Any]:
     """The updates of one choice."""
     out = updates[-1] | {"text": "".join(update["text"] for update in updates)}
     if out["logprobs"]:

@@ -52,16 +52,18 @@ class Rows(NamedTuple):
     """int32: how many tokens to draw, at most CHUNK; 0: it rests."""
     seed: Any
     """int32."""
+    sample: Any
+    """int32: its number, of those of one seed."""
     sampling: Sampling
     """float32, but int32 for top_k."""
 
     @classmethod
     def resting(cls, count: int) -> "Rows":
         """In numpy, to be filled in."""
-        token, length, position, steps, seed, top_k = np.zeros((6, count), np.int32)
+        token, length, position, steps, seed, number, top_k = np.zeros((7, count), np.int32)
         settings: Any = [np.full(count, x, np.float32) for x in Sampling()]
         sampling = Sampling(*settings)._replace(top_k=top_k)  # type: ignore[arg-type]
-        return cls(token, length, position, steps, seed, sampling)
+        return cls(token, length, position, steps, seed, number, sampling)
 
 
 class Ranks(NamedTuple):
@@ -180,13 +182,13 @@ def _decode(
         assert cache is not None
         return logits[0], cache.keys, cache.values
 
-    def keys_of(seed: jax.Array, position: jax.Array) -> jax.Array:
-        return hash_keys(random_key(seed), position, CHUNK, 1)  # type: ignore[arg-type]
+    def keys_of(seed: jax.Array, position: jax.Array, sample: jax.Array) -> jax.Array:
+        return hash_keys(random_key(seed), position, CHUNK, 1, sample)  # type: ignore[arg-type]
 
     def unfiltered(logits: jax.Array, keys: jax.Array, temperature: Any) -> jax.Array:
         return sample(logits, keys, Sampling(temperature))
 
-    keys = jax.vmap(keys_of)(rows.seed, rows.position)  # [R, K, 1, 2]
+    keys = jax.vmap(keys_of)(rows.seed, rows.position, rows.sample)  # [R, K, 1, 2]
     drawing = rows.steps > 0
     how = rows.sampling
     penalized = drawing & (how.repetition_penalty != 1)

@@ -32,7 +32,7 @@ class Closed(RunError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """What to draw, as `sampling.generate` does with `overflow` "half"."""
+    """What to draw, as `sampling.generate` does."""
 
     prompt: np.ndarray
     """int32 [P], P >= 1. Of a prompt longer than the block the last block_size tokens count."""
@@ -40,6 +40,10 @@ class Request:
     """0: the prompt is only read."""
     sampling: Sampling = Sampling()  # noqa: RUF009
     seed: int = 0
+    sample: int = 0
+    """Which of the samples of this seed."""
+    exact: bool = False
+    """Past the block: `overflow` "exact", not "half"."""
     ranked: bool = False
     """Whether to report how likely the tokens were."""
     prompt_ranked: bool = False
@@ -179,7 +183,10 @@ class Engine:
         """How many tokens must still be read before the next one is drawn: the window's, but for
         the last one of the text, which is fed then."""
         last = len(stream._text) - 1
-        start = window_start(last, len(stream.request.prompt), self.decoder.config.block_size)
+        block = self.decoder.config.block_size
+        start = window_start(last, len(stream.request.prompt), block)
+        if stream.request.exact:
+            start = max(0, last + 1 - block)
         if start != stream._start:
             stream._start, stream._cached = start, 0
         return last - start - stream._cached
@@ -228,7 +235,8 @@ class Engine:
             left = len(request.prompt) + request.max_new_tokens - len(text)
             rows.steps[row] = min(most, left, block - stream._cached)
             rows.token[row] = text[-1]
-            rows.position[row], rows.seed[row] = len(text), request.seed
+            rows.position[row] = len(text)
+            rows.seed[row], rows.sample[row] = request.seed, request.sample
             settings: Any = rows.sampling
             for of_all, own in zip(settings, request.sampling, strict=True):
                 of_all[row] = own

@@ -1,6 +1,7 @@
 """gptjax generate: what it prints, in which order, and what it refuses."""
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -62,6 +63,43 @@ def test_the_prompt_comes_from_a_file_or_standard_input(moved, gptjax, tmp_path,
     assert gptjax(*argv, "-") == from_file and from_file.startswith("HASTING:\n")
 
 
+FEW = ["--max-new-tokens", 5, "--overflow", "half"]
+
+
+def test_prompts_of_a_file_are_continued_in_order_as_alone(moved, gptjax, tmp_path, monkeypatch):
+    lines = ["now is", "RICHARD:", "the winter of our"]
+    alone = [gptjax("generate", moved, "--prompt", line, *FEW, *TWO) for line in lines]
+    (tmp_path / "prompts.txt").write_text("\n\n".join(lines) + "\r\n")
+    assert gptjax("generate", moved, "--prompts", "prompts.txt", *FEW, *TWO) == "".join(alone)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    assert gptjax("generate", moved, "--prompts", "-", *FEW, *TWO) == "".join(alone)
+
+
+def test_a_line_of_json_for_each_sample(moved, gptjax, tmp_path):
+    lines = [json.dumps({"prompt": text, "id": 3}) for text in ("now\nis", "RICHARD:")]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    argv = ["generate", moved, *FEW, "--json", "--logprobs", 1]
+    found = [json.loads(x) for x in gptjax(*argv, "--prompts", "p.jsonl").splitlines()]
+    assert [each["prompt"] for each in found] == ["now\nis", "RICHARD:"]
+    single = json.loads(gptjax(*argv, "--prompt", "now\\nis"))
+    assert single == found[0] and len(single["logprobs"]["tokens"]) == 5
+    assert "now\nis" + single["text"] + "\n" == gptjax(
+        "generate", moved, *FEW, "--prompt", "now\\nis"
+    )
+
+
+def test_a_table_of_log_probabilities_follows_the_text(moved, gptjax):
+    argv = ["generate", moved, "--prompt", "now", *FEW, "--temperature", 0]
+    text, told = gptjax(*argv), gptjax(*argv, "--logprobs", 2)
+    assert told.startswith(text + "\n")
+    rows = told.removeprefix(text).splitlines()[1:]
+    assert len(rows) == 5
+    for row, letter in zip(rows, text[3:], strict=False):
+        value = row.split()[0]
+        likeliest = row.partition(repr(letter))[2].strip()  # greedy: the token itself
+        assert float(value) < 0 and likeliest.startswith(f"{letter!r} {value}")
+
+
 def test_a_stop_text_ends_the_sample_before_it(moved, gptjax):
     argv = ["generate", moved, "--prompt", "now", "--max-new-tokens", 13, "--seed", 3]
     text = samples(gptjax(*argv, *TWO))[0].removesuffix("\n")
@@ -89,10 +127,19 @@ def test_a_stop_text_ends_the_sample_before_it(moved, gptjax):
         (["--device", "tpu"], ["JAX finds no tpu here"]),
         (["--tempature", "1"], ["unknown flag --tempature; did you mean --temperature"]),
         (["--prompt", "now Ω"], ["'Ω'", "--unknown skip"]),
+        (["--prompts", "p.txt"], ["prompt 2: ", "'Ω'", "--unknown skip"]),
+        (["--prompts", "empty.txt"], ["--prompts empty.txt has no prompts"]),
+        (["--prompts", "p.jsonl"], ['p.jsonl, line 2: expected an object with a text "prompt"']),
+        (["--prompts", "p.txt", "--prompt", "a"], ["exclude each other"]),
+        (["--json", "--stream"], ["--stream, --sharded and --max-new-tokens 0 do not go with"]),
+        (["--logprobs", "11", "--rows", "0"], ["logprobs 11 is outside", "rows 0 must be"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(moved, gptjax, tmp_path, argv, words):
     (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "p.txt").write_text("now\nΩ\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "now"}\n{"text": "now"}\n')
     with pytest.raises(UserError) as caught:
         gptjax("generate", moved, *argv)
     for word in words:
