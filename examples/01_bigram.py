@@ -8,8 +8,9 @@
 #
 # This is the first of ten rungs. At the top stands the GPT of the package `gptjax`, and each rung
 # adds one idea to the one below. A GPT (generatively pretrained transformer) is the right-hand
-# half of the well-known picture in "Attention is all you need": the half that produces text. The
-# left half, which reads a text in another language, is left out, and so is the attention to it.
+# half of the well-known picture in "[Attention is all you need](https://arxiv.org/abs/1706.03762)":
+# the half that produces text. The left half, which reads a text in another language, is left out,
+# and so is the attention to it.
 #
 # Letters in shapes, here and everywhere: **B** texts side by side, **T** letters of each, **V**
 # possible letters, **C** numbers that stand for one letter (from rung 2 on).

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-from ladder import batch_at, characters, encode, train, vocab_size
+from ladder import batch_at, characters, encode, text, train, vocab_size
 
 # %% [markdown]
 # ## An embedding is a table, and a lookup is a matrix product
@@ -94,16 +94,20 @@ print("inputs", inputs.shape, "-> logits", apply(params, inputs).shape)
 small = train(apply, init(jax.random.key(0), n_embd=2), learning_rate=0.03)
 
 # %%
-places = np.asarray(small["token_embedding"])
-figure, axes = plt.subplots(figsize=(5, 5))
 shown = [c for c in characters if c.isalpha()]
-for c in shown:
+places = np.array(small["token_embedding"])[encode("".join(shown))]
+for _ in range(100):  # letters that would be printed over each other step apart
+    apart = places[:, None] - places
+    distance = np.linalg.norm(apart, axis=-1, keepdims=True) + 1e-9
+    places += (apart / distance * np.clip(0.2 - distance, 0, None)).sum(axis=1) / 4
+
+figure, axes = plt.subplots(figsize=(7, 7))
+for c, (x, y) in zip(shown, places, strict=True):
     colour = "tab:red" if c in "aeiou" else "tab:blue" if c.islower() else "tab:gray"
-    axes.text(*places[encode(c)[0]], c, color=colour, fontsize=13)
-found = places[encode("".join(shown))]
-axes.set(xlim=(found[:, 0].min() - 1, found[:, 0].max() + 1))
-axes.set(ylim=(found[:, 1].min() - 1, found[:, 1].max() + 1))
-axes.set_title("C = 2: red vowels, grey capitals")
+    axes.text(x, y, c, color=colour, ha="center", va="center")
+axes.set(xlim=(places[:, 0].min() - 0.5, places[:, 0].max() + 0.5))
+axes.set(ylim=(places[:, 1].min() - 0.5, places[:, 1].max() + 0.5))
+axes.set(xlabel="first number", ylabel="second number", title="C = 2: red vowels, grey capitals")
 plt.show()
 
 # %% [markdown]
@@ -111,10 +115,29 @@ plt.show()
 # them, and capitals lie together too. In larger models words that mean nearly the same come to
 # lie close to each other, "cat" beside "kitten", for the same reason.
 #
+# And q? It is always followed by u, as no vowel is. But two numbers are too few to say so:
+
+# %%
+print(f"q is followed by u {text.count('qu')} times of {text.count('q')}")
+
+
+def u_after(params, letters):
+    """The probability of u after each of the letters, on average."""
+    probabilities = jax.nn.softmax(apply(params, jnp.array([encode(letters)])))
+    return probabilities[0, :, encode("u")[0]].mean()
+
+
+for letters in ("q", "aeiou", "bcdfghjklmnprstvwxyz"):
+    print(f"u after one of {letters}: {u_after(small, letters):.2f}")
+
+# %% [markdown]
+# Among the vowels u is twice as likely as among the consonants, and that is why q lies there.
+#
 # ## 64 numbers a letter
 
 # %%
 params = train(apply, params)
+print(f"u after q: {u_after(params, 'q'):.2f}")
 
 # %% [markdown]
 # The loss is that of rung 1, to the second digit. It has to be: the model still sees one letter,

@@ -45,10 +45,10 @@ print("token embedding", token_table[ids].shape, "+ positions", position_table.s
 # %% [markdown]
 # ## Fixed positions: sinusoids
 #
-# "Attention is all you need" did not learn the table but computed it: column pair i of position p
-# holds the sine and the cosine of p / 10000^(2i/C). The first pair turns quickly, the last
-# hardly: like the hands of a clock. By hand: position 0 is 0, 1, 0, 1, ...; position 1 begins
-# with sin 1 = 0.841 and cos 1 = 0.540.
+# "[Attention is all you need](https://arxiv.org/abs/1706.03762)" did not learn the table but
+# computed it: column pair i of position p holds the sine and the cosine of p / 10000^(2i/C). The
+# first pair turns quickly, the last hardly: like the hands of a clock. By hand: position 0 is 0, 1,
+# 0, 1, ...; position 1 begins with sin 1 = 0.841 and cos 1 = 0.540.
 
 
 # %%
@@ -64,9 +64,18 @@ print(np.round(table[:3, :6], 3))
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 4))
-axes.imshow(table, cmap="RdBu", aspect="auto")
+figure.colorbar(axes.imshow(table, cmap="RdBu", aspect="auto"), label="sine or cosine")
 axes.set(xlabel="column (C)", ylabel="position (T)", title="Sinusoids: a clock with 32 hands")
 plt.show()
+
+# %% [markdown]
+# On the right are hands that have hardly moved: every sine near 0 (white), every cosine near 1
+# (blue), so stripes. On the left are hands that have gone round. The arc between them is where a
+# hand has turned by 45 degrees: sine and cosine are both 0.71, and the stripes vanish. Each hand is
+# slower than the last by the same factor, so it gets there later by that factor, and the arc bends.
+
+# %%
+print("position 63, columns 30 and 31:", np.round(table[63, 30:32], 2))
 
 # %% [markdown]
 # Why sines? The dot product of the rows of two positions depends only on how far apart they are,

@@ -44,9 +44,9 @@ print("scores", scores, "weights", weights, "result", weights @ values)
 # ## Why divide by the square root of D?
 #
 # A product of two vectors of D random numbers is a sum of D terms, so its variance is D: with D =
-# 256 scores are of size 16. Softmax of such scores gives nearly everything to one letter, at
-# random, before anything has been learned, and its gradient is nearly 0. Divided by sqrt(D),
-# scores have variance 1 whatever D is.
+# 256 scores are of size 16 (the root of 256). Softmax of such scores gives nearly everything to one
+# letter, at random, before anything has been learned, and its gradient is nearly 0. Divided by
+# sqrt(D), scores have variance 1 whatever D is.
 
 # %%
 print("  D  variance  (scaled)  largest of 8 weights  (scaled)")
@@ -159,8 +159,12 @@ chunks = jnp.array(val_ids[: 100 * block_size].reshape(100, block_size))
 weights = attention_weights(params["head"], embed(params, chunks)).mean(axis=0)  # [T, T]
 for back in range(4):
     print(f"{back} letters back: {weights.diagonal(-back)[8:].mean():.2f} of the weight")
+further = jnp.tril(weights, -4)[8:].sum(axis=1).mean()
+print(f"4 or more letters back, together: {further:.2f}")
 
 # %% [markdown]
+# What is left for the letters further back is shared by up to 60 of them.
+#
 # **Exercise.** Leave out the positions (return the token embedding alone from `embed`). *What to
 # expect:* 2.46, hardly better than rung 1. The query still comes from the letter itself, so that
 # one is known. But a head without positions can only prefer certain letters, not near ones: an "o"

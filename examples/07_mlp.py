@@ -24,11 +24,11 @@ np.set_printoptions(precision=4, floatmode="fixed", suppress=True)
 # ## The bend
 #
 # Without a bend between them two linear layers would be one: (x A) B = x (A B). ReLU is the
-# simplest bend: negative numbers become 0. GPT-2 takes GELU, which is ReLU with a round corner: x
-# times the probability that a normally distributed number is below x. By hand: below 0 lies half
-# of the numbers, but 0 times a half is 0; below 1 lie 84.1 %, so GELU(1) = 0.841; below -1 lie
-# 15.9 %, so GELU(-1) = -0.159. (GPT-2 computes it by a formula with tanh that is at most 0.0005
-# off, and so does `jax.nn.gelu`.)
+# simplest bend: negative numbers become 0. GPT-2 takes [GELU](https://arxiv.org/abs/1606.08415),
+# which is ReLU with a round corner: x times the probability that a normally distributed number is
+# below x. By hand: below 0 lies half of the numbers, but 0 times a half is 0; below 1 lie 84.1 %,
+# so GELU(1) = 0.841; below -1 lie 15.9 %, so GELU(-1) = -0.159. (GPT-2 computes it by a formula
+# with tanh that is at most 0.0005 off, and so does `jax.nn.gelu`.)
 
 # %%
 x = jnp.array([-3.0, -1.0, 0.0, 1.0, 3.0])

@@ -51,11 +51,12 @@ def mlp(params, x):
 # %% [markdown]
 # ## LayerNorm
 #
-# LayerNorm takes the C numbers of one letter, subtracts their mean and divides by their standard
-# deviation: then the mean is 0 and the variance is 1. Each letter by itself, nothing is mixed. By
-# hand: 1, 2, 3, 4 have the mean 2.5 and the variance (2.25 + 0.25 + 0.25 + 2.25) / 4 = 1.25, so 4
-# becomes 1.5 / 1.118 = 1.342. Then each column gets a scale and a bias that are learned; they
-# begin as 1 and 0. (The small number guards against a division by 0; it is GPT-2's.)
+# [LayerNorm](https://arxiv.org/abs/1607.06450) takes the C numbers of one letter, subtracts their
+# mean and divides by their standard deviation: then the mean is 0 and the variance is 1. Each
+# letter by itself, nothing is mixed. By hand: 1, 2, 3, 4 have the mean 2.5 and the variance (2.25 +
+# 0.25 + 0.25 + 2.25) / 4 = 1.25, so 4 becomes 1.5 / 1.118 = 1.342. Then each column gets a scale
+# and a bias that are learned; they begin as 1 and 0. (The small number guards against a division by
+# 0; it is GPT-2's.)
 
 
 # %%
@@ -82,7 +83,8 @@ print(normalise(rows))
 # ## Three ways to stack
 #
 # - plain: `x = mlp(attention(x))`
-# - with shortcuts (residual connections): `x = x + attention(x)`, then `x = x + mlp(x)`
+# - with shortcuts ([residual connections](https://arxiv.org/abs/1512.03385)): `x = x +
+#   attention(x)`, then `x = x + mlp(x)`
 # - with shortcuts and LayerNorm: `x = x + attention(norm(x))`, then `x = x + mlp(norm(x))`
 
 

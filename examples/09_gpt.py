@@ -46,10 +46,11 @@ print("the same as by hand:", jnp.allclose(dense.apply({"params": params}, x), b
 # %% [markdown]
 # ## Dropout
 #
-# In training, set each number to 0 with probability 50 %, at random, and double the others so
-# that the mean stays. (GPT-2's rate is 10 %: one in ten becomes 0, the others are divided by
-# 0.9.) No number can rely on a certain other one being there; so the network learns things in
-# more than one way, and learns less by heart. When the model is used, nothing is dropped.
+# In training, [dropout](https://jmlr.org/papers/v15/srivastava14a.html) sets each number to 0 with
+# probability 50 %, at random, and doubles the others so that the mean stays. (GPT-2's rate is 10 %:
+# one in ten becomes 0, the others are divided by 0.9.) No number can rely on a certain other one
+# being there; so the network learns things in more than one way, and learns less by heart. When the
+# model is used, nothing is dropped.
 
 # %%
 dropout = nn.Dropout(0.5, deterministic=False)

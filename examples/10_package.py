@@ -110,7 +110,7 @@ rung_9 = jax.jit(gpt.init)(jax.random.key(0), inputs)["params"]
 # %% [markdown]
 # ## The same numbers under other names
 #
-# The package says what a model is by a `ModelConfig`, and makes its parameters by `gptjax.init`:
+# The package is told what a model is by a `ModelConfig`, and makes its parameters by `gptjax.init`:
 
 # %%
 config = gptjax.ModelConfig(
@@ -188,8 +188,7 @@ print(f"largest difference {jnp.abs(a - b).max():.1e}, largest logit {jnp.abs(a)
 # ## The same training
 #
 # Both models train from these numbers, on the same batches. Ours by Adam from optax, as on all
-# rungs. The package has its own step, `train_step`; we ask it for the same plain Adam: no weight
-# decay, no clipping, a warm-up of 100 steps, then the rate in a straight line to 0.
+# rungs:
 
 # %%
 steps = 1000
@@ -212,6 +211,12 @@ def our_step(params, state, inputs, targets):
     return optax.apply_updates(params, updates), state, value
 
 
+# %% [markdown]
+# The package is told what an experiment is by a `TrainConfig`. It holds smaller configs: `model` is
+# the `ModelConfig` from above, `optimizer` an `OptimizerConfig`. We ask for the same plain Adam: no
+# weight decay, no clipping, a warm-up of 100 steps, then the rate in a straight line to 0.
+
+# %%
 experiment = gptjax.TrainConfig(
     model=config,
     optimizer=gptjax.OptimizerConfig(
@@ -221,6 +226,13 @@ experiment = gptjax.TrainConfig(
     batch_size=16,
     max_steps=steps,
 )  # fmt: skip
+print(experiment.model.n_layer, "blocks;", experiment.optimizer.kind, "for", experiment.max_steps)
+
+# %% [markdown]
+# Its `train_step` takes a state (the number of steps, the parameters, Adam's averages), a batch and
+# the experiment, and returns the next state.
+
+# %%
 package_step = jax.jit(lambda state, batch: train_step.train_step(state, batch, experiment))
 
 params, state = rung_9, optimizer.init(rung_9)
@@ -276,12 +288,16 @@ print(f"{'10_package':19} {size:>10,}  {loss:.3f}  {seconds:5.1f} s")
 # %% [markdown]
 # ## What the package adds
 #
-# - **A better recipe**: decay of the weights, clipping, or Muon, an optimizer that makes more of
-#   each step.
+# - **A better recipe**: decay of the weights, clipping, or
+#   [Muon](https://kellerjordan.github.io/posts/muon/). Adam scales each number of a matrix by
+#   itself; Muon takes the matrix as a whole, and makes its step about equally large in all
+#   directions.
 # - **Runs**: checkpoints, resuming bit for bit after a kill, `metrics.jsonl`, samples as it
 #   trains.
-# - **Speed and size**: attention that skips what is masked, a loss that never holds all logits,
-#   bfloat16, recomputation.
+# - **Speed and size**: attention that skips what is masked, and a loss that never holds all logits.
+#   bfloat16, a number in 2 bytes instead of 4: the range of float32 with 2 to 3 digits instead of
+#   7. Recomputation: what the backward pass needs is computed again there instead of kept, which
+#   costs time and saves memory.
 # - **Devices**: `pmap`, `shard_map` or fully sharded, on many hosts (`13_devices.py`).
 # - **Sampling** with a key/value cache (`11_sampling.py`), **PyTorch** beside it
 #   (`12_pytorch.py`), and **GPT-2's weights** (`14_gpt2.py`).
@@ -291,18 +307,15 @@ print(f"{'10_package':19} {size:>10,}  {loss:.3f}  {seconds:5.1f} s")
 # %%
 with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
     Path("text.txt").write_text(read_text())
-    config = gptjax.TrainConfig(
-        model=config,
+    experiment = experiment.replace(
         data=gptjax.DataConfig(source="text.txt"),
         optimizer=gptjax.OptimizerConfig(
             kind="muon", learning_rate=8e-3, muon_learning_rate=0.03, min_lr=0.0,
             warmup_steps=20, lr_schedule="linear", beta1=0.8, beta2=0.95,
         ),
-        batch_size=16,
-        max_steps=steps,
     )  # fmt: skip
     runtime = gptjax.RuntimeConfig(eval_interval=steps, sample_tokens=0)
-    run = gptjax.train(config, "run", runtime=runtime)
+    run = gptjax.train(experiment, "run", runtime=runtime)
     assert run.tokenizer.characters == "".join(characters)
     print(run)
     print(f"validation loss {validation_loss(packages, run.params):.2f}")
@@ -311,6 +324,8 @@ with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
 # From the command line that is `gptjax train`, and `gptjax train --help` explains each setting.
 #
 # **Exercise.** Set `vocab_multiple=64` in `ModelConfig`: the package's table then has 128 rows for
-# 65 letters, which suits matrix units. So `to_package` must add 63 rows of zeros to ours: `"wte":
-# jnp.pad(params["token_embedding"], ((0, 63), (0, 0)))`. *What to expect:* another shape, the same
-# logits and losses up to rounding, because the rows that are not used get no probability.
+# 65 letters. The matrix units of GPUs and TPUs work on tiles, of 64 or 128 rows say, and a tile
+# that is nearly empty takes as long as a full one. So `to_package` must add 63 rows of zeros to
+# ours: `"wte": jnp.pad(params["token_embedding"], ((0, 63), (0, 0)))`. *What to expect:* another
+# shape, the same logits and losses up to rounding, because the rows that are not used get no
+# probability.

@@ -72,7 +72,7 @@ print(run)
 # %% tags=["text-varies"]
 for temperature in (0.1, 0.8, 1.5):
     print(f"--- temperature {temperature}")
-    print(run.generate("ROMEO:", max_new_tokens=120, temperature=temperature, seed=1))
+    print("ROMEO:" + run.generate("ROMEO:", max_new_tokens=120, temperature=temperature, seed=1))
 
 # %% [markdown]
 # Cold texts repeat themselves, hot ones fall apart; 0.8 is a common choice.

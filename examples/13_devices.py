@@ -138,5 +138,6 @@ print("fsdp equal within 1e-4:", bool((np.abs(sharded - on_one) < 1e-4).all()))
 # out.
 #
 # **Exercise.** Leave `pmean` out of `averaged`. *What to expect:* `all devices have the same:
-# False`, and none of the 16 gradients is that of one device: each device has a gradient of its
-# own two chunks. Trained so, the eight copies would drift apart, and nothing would say so.
+# False`, and `0 of 16 gradients`: each device has a gradient of its own two chunks. Trained so, the
+# eight copies would drift apart, and nothing would say so. The training below does not change: the
+# package's step has a `pmean` of its own.
