@@ -252,19 +252,28 @@ def parse_json(text: str, where: str) -> Any:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, goes_on: bool = False) -> Iterator[Path]:
     """A hidden folder beside `path`, which takes its name when the block ends without an error and
-    is removed otherwise. Folders that killed processes left behind are removed too. OSError if it
-    cannot be made, or `path` is there and not empty."""
+    is removed otherwise. Folders that killed processes left behind are removed too; but with
+    `goes_on` one of them is taken as it is. OSError if it cannot be made, or `path` is there and
+    not empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as locks:
         with _locked(path.parent):  # nobody looks for leftovers while another one begins
-            for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
-                with contextlib.suppress(OSError), _locked(leftover, fcntl.LOCK_NB):
-                    shutil.rmtree(leftover)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            left = [*path.parent.glob(f".{glob.escape(path.name)}.*")]
+            scratch = None
+            for leftover in sorted(left, key=lambda each: each.stat().st_mtime, reverse=True):
+                with contextlib.suppress(OSError), contextlib.ExitStack() as lock:
+                    lock.enter_context(_locked(leftover, fcntl.LOCK_NB))
+                    if goes_on and not scratch:
+                        scratch = leftover
+                        locks.push(lock.pop_all())
+                    else:
+                        shutil.rmtree(leftover)
+            if not scratch:
+                scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+                locks.enter_context(_locked(scratch))
             locks.callback(shutil.rmtree, scratch, ignore_errors=True)
-            locks.enter_context(_locked(scratch))
         yield scratch
         scratch.chmod(0o755)
         os.rename(scratch, path)

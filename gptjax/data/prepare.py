@@ -1,6 +1,7 @@
 """Text into token files, in one streaming pass over any amount of text (see `token_files`)."""
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -16,9 +17,9 @@ from rich.progress import Progress
 
 from gptjax import files
 from gptjax.config import DataConfig
-from gptjax.data import tokenizers
+from gptjax.data import tokenizers, writing
 from gptjax.data.corpus import Corpus
-from gptjax.data.token_files import file_name, read_tokenizer
+from gptjax.data.token_files import read_tokenizer
 from gptjax.data.tokenizers import (
     END_OF_TEXT,
     BpeTokenizer,
@@ -28,6 +29,7 @@ from gptjax.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
 )
+from gptjax.data.writing import Record, Writer
 from gptjax.errors import RunError, UserError
 
 SENTENCEPIECE_SAMPLE = 10_000_000
@@ -65,7 +67,7 @@ def prepare(
             console.print(how)
     try:
         with (
-            files.new_folder(out) as folder,
+            files.new_folder(out, goes_on=True) as folder,
             Progress(console=console, disable=not console.is_terminal) as progress,
         ):
             meta = _prepare_into(folder, config, texts, progress, tokenizer, shard_tokens)
@@ -88,7 +90,9 @@ def _prepare_into(
     shard_tokens: int | None,
 ) -> dict[str, Any]:
     """Write the files of a set; what its meta.json holds."""
-    tokenizer = tokenizer or given_tokenizer(config)
+    recipe = hashlib.sha256(json.dumps([_recipe(config, tokenizer), shard_tokens]).encode())
+    record = writing.load(folder, recipe.hexdigest())
+    tokenizer = read_tokenizer(folder) if record else tokenizer or given_tokenizer(config)
     marks_ends = tokenizer.eot is not None if tokenizer else config.tokenizer != "char"
     separator = None if marks_ends else "\n"
     held_out = _held_out(config)
@@ -100,12 +104,13 @@ def _prepare_into(
             progress.advance(task, len(piece or ""))
         progress.update(task, total=total or 1, completed=total or 1)
 
-    # So many characters of each text are for training.
-    shares: list[float] = [math.inf] * len(texts)
+    shares: list[int | None] = [None] * len(texts)
     totals: list[int | None] = [text.size for text in texts]
     if held_out:
         texts, shares, totals = [*texts, held_out], [*shares, 0], [*totals, held_out.size]
-    if tokenizer is None or (config.val_fraction and not held_out):
+    if record:
+        progress.console.print(f"going on after {record.characters:,} characters, where it stopped")
+    elif tokenizer is None or (config.val_fraction and not held_out):
         reading = [
             pieces(text, "reading the text", total)
             for text, total in zip(texts, totals, strict=True)
@@ -115,31 +120,35 @@ def _prepare_into(
         totals = [*found]
         if not held_out:
             shares = [int(characters * (1 - config.val_fraction)) for characters in found]
+    assert tokenizer
+    record = record or Record(recipe.hexdigest(), totals, shares)
+    (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer))
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    characters = marks = 0
-    counts = list[int]()
-
-    def counted(piece: str | None) -> str | None:
-        nonlocal characters, marks
-        characters += len(piece or "")
-        marks += (piece or "").count(END_OF_TEXT)
-        return piece
-
     with (
-        _Writer(folder, "train", dtype, shard_tokens) as train,
-        _Writer(folder, "val", dtype, shard_tokens) as val,
+        Writer(folder, "train", dtype, shard_tokens, record.train) as train,
+        Writer(folder, "val", dtype, shard_tokens, record.val) as val,
     ):
-        for text, total, share in zip(texts, totals, shares, strict=True):
-            part, before = pieces(text, f"tokenising ({tokenizer.kind})", total), train.written
-            for ids, held in _encode(map(counted, part), share, tokenizer):
+        while record.text < len(texts):
+            part = pieces(
+                texts[record.text], f"tokenising ({tokenizer.kind})", record.totals[record.text]
+            )
+            share = record.shares[record.text]
+            left = math.inf if share is None else share
+            left -= sum(len(piece or "") for piece in itertools.islice(part, record.pieces))
+            for piece, ids, held in _encode(part, left, tokenizer):
                 train.write(ids)
                 val.write(held)
-            counts.append(train.written - before)
-        if not val.written:
-            (folder / file_name("val", 0 if shard_tokens else None)).touch()
-    if marks:
+                record.pieces += 1
+                record.characters += len(piece or "")
+                record.marks += (piece or "").count(END_OF_TEXT)
+                if record.is_due:
+                    record.save(folder, train, val)
+            record.counts.append(train.written - sum(record.counts))
+            record.text, record.pieces = record.text + 1, 0
+    (folder / writing.RECORD).unlink(missing_ok=True)
+    if record.marks:
         progress.console.print(
-            f"note: the text has {END_OF_TEXT} in {marks:,} places, as characters;"
+            f"note: the text has {END_OF_TEXT} in {record.marks:,} places, as characters;"
             f" --data.end-of-text '{END_OF_TEXT}' makes them ends of documents"
         )
     n_val = val.written
@@ -155,57 +164,16 @@ def _prepare_into(
         "tokenizer": tokenizer.kind,
         "vocab_size": tokenizer.n_vocab,
         "dtype": dtype.name,
-        "characters": characters,
+        "characters": record.characters,
         "train_tokens": train.written,
         "val_tokens": n_val,
     }
     if shard_tokens:
         meta["shard_tokens"] = shard_tokens
     if config.mix:
-        meta["parts"] = [*zip(config.sources, counts, strict=False)]
-    (folder / "tokenizer.json").write_text(tokenizers.to_json(tokenizer))
+        meta["parts"] = [*zip(config.sources, record.counts, strict=False)]
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return meta
-
-
-class _Writer:
-    """Writes a split, in shards if they are wanted. Each file is on the disk when it ends."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int | None):
-        self._folder, self._split, self._dtype = folder, split, dtype
-        self._shard_tokens = shard_tokens
-        self._file: BinaryIO | None = None
-        self.written = 0
-
-    def write(self, ids: np.ndarray) -> None:
-        """Raises OSError."""
-        size = self._shard_tokens
-        while len(ids):
-            if self._file is None:
-                name = file_name(self._split, self.written // size if size else None)
-                self._file = (self._folder / name).open("wb")
-            left = size - self.written % size if size else len(ids)
-            self._file.write(ids[:left].astype(self._dtype).tobytes())
-            self.written += len(ids[:left])
-            ids = ids[left:]
-            if size and self.written % size == 0:
-                self._end_file()
-
-    def _end_file(self) -> None:
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, failure: object, *_: object) -> None:
-        if failure is None:
-            self._end_file()
-        elif self._file:
-            self._file.close()
 
 
 def _survey(
@@ -283,20 +251,20 @@ def make_tokenizer(config: DataConfig) -> Tokenizer:
 
 def _encode(
     pieces: Iterator[str | None], n_train: float, tokenizer: Tokenizer
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids for training, for validation) of each piece: the first `n_train` characters are for
-    training, as in nanoGPT. On all cores: tiktoken and sentencepiece release the GIL."""
+) -> Iterator[tuple[str | None, np.ndarray, np.ndarray]]:
+    """Each piece with its ids (for training, for validation): the first `n_train` characters are
+    for training, as in nanoGPT. On all cores: tiktoken and sentencepiece release the GIL."""
     none = np.zeros(0, np.int32)
 
-    def encode(piece: str | None, left: float) -> tuple[np.ndarray, np.ndarray]:
+    def encode(piece: str | None, left: float) -> tuple[str | None, np.ndarray, np.ndarray]:
         """`left`: so many more characters are for training."""
         if piece is None:
             end = np.array([tokenizer.eot], np.int32)
-            return (end, none) if left > 0 else (none, end)
+            return (None, end, none) if left > 0 else (None, none, end)
         cut = int(max(0, min(left, len(piece))))
-        return tokenizer.encode(piece[:cut]), tokenizer.encode(piece[cut:])
+        return piece, tokenizer.encode(piece[:cut]), tokenizer.encode(piece[cut:])
 
-    left, pending = n_train, deque[Future[tuple[np.ndarray, np.ndarray]]]()
+    left, pending = n_train, deque[Future[tuple[str | None, np.ndarray, np.ndarray]]]()
     with ThreadPoolExecutor(IN_FLIGHT) as pool:
         for piece in pieces:
             pending.append(pool.submit(encode, piece, left))
@@ -321,6 +289,13 @@ def default_name(config: DataConfig) -> str:
 def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """data/NAME-TOKENIZER-DIGEST: another text, setting or given tokenizer has another folder.
     Raises UserError if there is no text."""
+    recipe = json.dumps(_recipe(config, tokenizer))
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
+    return Path("data") / f"{default_name(config)}-{digest}"
+
+
+def _recipe(config: DataConfig, tokenizer: Tokenizer | None) -> list[Any]:
+    """All that decides on a set's tokens, as JSON values."""
     (what, *how), *others = (text.identity() for text in corpora(config))
     recipe: list[Any] = [config.tokenizer, config.val_fraction, what]
     if tokenizer:
@@ -336,8 +311,7 @@ def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
         recipe.append({"special": config.special_tokens})
     if held_out := _held_out(config):
         recipe += ["validation", *held_out.identity()]
-    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
-    return Path("data") / f"{default_name(config)}-{digest}"
+    return recipe
 
 
 def is_made_with(folder: Path, tokenizer: Tokenizer) -> bool:

@@ -1,5 +1,6 @@
 """Text into token files: exact, streaming, and never half."""
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from rich.console import Console
 
 from gptjax import files
 from gptjax.config import DataConfig
-from gptjax.data import corpus, prepare, readers, tokenizers
+from gptjax.data import corpus, prepare, readers, tokenizers, writing
 from gptjax.data.token_files import load
 from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer
 from gptjax.errors import RunError, UserError
@@ -285,6 +286,7 @@ def start(folder, kind: str) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path):
+    """Nor anything that another set takes for its own."""
     (tmp_path / "big.txt").write_text(TEXT * 1500)
     process = start(tmp_path, "sentencepiece")
     while not list(tmp_path.glob(".set.*/train.bin")):
@@ -298,6 +300,52 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path):
     assert process.returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big.txt", "set"]
     assert len(load(tmp_path / "set").train) == int(1500 * len(TEXT) * 0.9)
+
+
+class Killed(BaseException):
+    """Leaves all as a kill does."""
+
+
+@settings(max_examples=15)
+@given(st.integers(1, 40), st.none() | st.integers(5, 60), st.sampled_from(["", "val", "mix"]))
+def test_a_killed_preparation_goes_on_to_the_same_set(
+    tmp_path_factory, byte_pairs, saves, shard_tokens, kind
+):
+    """Killed after any of its records, with more written than the record counts."""
+    folder = tmp_path_factory.mktemp("t")
+    lines = [json.dumps({"text": f"document {i} " * (i % 7 + 1)}) for i in range(20)]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.jsonl").write_text("\n".join(lines[::-1]))
+    a, b = f"{folder}/a.jsonl", f"{folder}/b.jsonl"
+    more = {"val": {"val_source": b}, "mix": {"source": None, "mix": (f"{a}=1", f"{b}=2")}}
+    config = DataConfig(**{"source": a} | more.get(kind, {}))
+    tokenizer = byte_pairs if kind != "mix" else None
+    prepare.prepare(config, folder / "whole", QUIET, tokenizer, shard_tokens)
+    save, left = writing.Record.save, saves
+
+    def save_or_die(record, *args):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        save(record, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "INTERVAL", -1.0)
+        patch.setattr(writing.Record, "save", save_or_die)
+        patch.setattr(files.shutil, "rmtree", lambda *args, **how: None)
+        with contextlib.suppress(Killed):
+            prepare.prepare(config, folder / "set", QUIET, tokenizer, shard_tokens)
+    killed = not (folder / "set").exists()
+    if killed:
+        begun = max((len(p.read_bytes()) for p in folder.glob(".set.*/train*.bin")), default=0)
+        prepare.prepare(config, folder / "set", QUIET, tokenizer, shard_tokens)
+        assert begun or saves == 1
+    names = sorted(path.name for path in (folder / "whole").iterdir())
+    assert sorted(path.name for path in (folder / "set").iterdir()) == names
+    for name in names:
+        assert (folder / "set" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    assert not [*folder.glob(".*")]
 
 
 @pytest.mark.slow
