@@ -15,6 +15,7 @@ from gptjax.errors import UserError
 COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "continue a prompt with a trained model",
+    "prompt": "write a text in turns with a trained model, at a terminal",
     "serve": "a playground in the browser, and an HTTP interface like OpenAI's",
     "data": "tokenise a text into a data set",
     "convert": "import GPT-2 or nanoGPT weights; export a run",
