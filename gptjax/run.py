@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import files, launch, model, numerics, resume, run_metadata, sampling, train_step
+from gptjax import files, head, launch, model, numerics, resume, run_metadata, sampling, train_step
 from gptjax.cache import Cache
 from gptjax.checkpoint import on_one_device
 from gptjax.config import ModelConfig, TrainConfig
-from gptjax.data import prepare, token_files, tokenizers
+from gptjax.data import batches, prepare, token_files, tokenizers
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.decode_layout import unstack
 from gptjax.devices import memory, setup
@@ -176,6 +176,20 @@ class Run:
         )
 
     @numerics.standard()
+    def score(self, text: Text) -> np.ndarray:
+        """float32 [T], or [B, T] for ids [B, T]: the log-probability of each token after those
+        before it; NaN for the first. A text may have any length: past the block a token sees at
+        least half a block before it."""
+        ids, block = self._ids(text), self.config.block_size
+        found = np.full(ids.shape, np.nan, np.float32)
+        for row, own in zip(ids, found, strict=True):
+            for window in batches.windows_over(len(row), block, stride=max(1, block // 2)):
+                tokens, counts = batches.window_batch(row, [window], block, 1)
+                nats = np.asarray(_nats(self.params, tokens, self.config))
+                own[window.first : window.end] = -nats[counts > 0]
+        return found if np.ndim(text) == 2 else found[0]
+
+    @numerics.standard()
     def attention(self, text: Text) -> np.ndarray:
         """float32 [L, H, T, T] (or [B, L, H, T, T]): how much each token (third axis) looks at each
         token (last axis), per layer and head; rows sum to 1."""
@@ -246,6 +260,13 @@ def tokens(
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(params: Params, tokens: jax.Array, config: ModelConfig) -> jax.Array:
     return model.apply(config, params, tokens)[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _nats(params: Params, windows: jax.Array, config: ModelConfig) -> jax.Array:
+    """float32 [B, T] of int32 windows [B, T + 1]."""
+    x, output, _ = model.features(config, params, windows[:, :-1])
+    return head.losses(x, output, windows[:, 1:], config.vocab_size)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -142,6 +142,17 @@ def test_the_likeliest_text_is_numpys(run):
     assert inside == found[:13]
 
 
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 40])
+def test_scores_are_numpys_with_half_a_block_before(run, length):
+    ids, block = CHARS.encode(LINE * 3)[:length], run.config.block_size
+    scores = run.score(ids)
+    assert scores.shape == (length,) and np.isnan(scores[0])
+    for at in range(1, length):
+        start = 0 if at <= block else block // 2 * -(-(at - block) // (block // 2))
+        expected = -numpy_gpt.nats(run.config, run.params, ids[None, start : at + 1])[0, -1]
+        assert scores[at] == pytest.approx(expected, abs=1e-4)
+
+
 def test_pieces_of_a_stream_are_the_text(run):
     pieces = run.generate("RICH", max_new_tokens=40, stream=True)
     first = next(pieces)

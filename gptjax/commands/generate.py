@@ -234,21 +234,6 @@ def read_prompts(given: GenerateFlags) -> list[str | None]:
             return [None]
         return [flags.unescape(flags.text("--prompt", given.prompt))]
     what = f"{flag} {name}"
-    text = files.read_stdin(what) if name == "-" else files.read_text(files.path(name), what)
-    if flag == "--prompt-file":
-        return [text]
-    found: list[str | None] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
-        if line and name.endswith(".jsonl"):
-            where = f"{name}, line {number}"
-            value = files.parse_json(line, where)
-            if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-                raise UserError(f'{where}: expected an object with a text "prompt"')
-            line = value["prompt"]
-        elif not line:
-            continue
-        found.append(line)
-    if not found:
-        raise UserError(f"{what} has no prompts; expected one in each line")
-    return found
+    if flag == "--prompts":
+        return [*terminal.read_lines(name, what, "prompt")]
+    return [terminal.read(name, what)]

@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "tokenise a text into a data set",
     "convert": "import GPT-2 or nanoGPT weights; export a run",
     "evaluate": "loss and perplexity on a text, or accuracy on HellaSwag",
+    "score": "the log-probability of texts, and of each of their tokens",
     "compare": "compare a run's numbers with PyTorch's",
     "explain": "follow a text through a model, step by step",
     "report": "show how runs went",
