@@ -6,7 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import sentencepiece
@@ -289,6 +289,16 @@ class SentencePieceTokenizer:
     def piece(self, id_: int) -> str:
         """The model's name of an id: a space is U+2581, byte 0A is <0x0A>."""
         return self._processor.id_to_piece(id_)
+
+    def score(self, id_: int) -> float:
+        """Of two merges the one into the piece with the higher score is made first."""
+        return self._processor.get_score(id_)
+
+    def kind_of(self, id_: int) -> Literal["unknown", "control", "byte", "piece"]:
+        model = self._processor
+        if model.is_unknown(id_):
+            return "unknown"
+        return "control" if model.is_control(id_) else "byte" if model.is_byte(id_) else "piece"
 
     def control_ids(self) -> list[int]:
         """Ids that occur in no text."""

@@ -130,7 +130,7 @@ def write_pretrained(
     elif format == "gguf":
         missing = gguf.obstacles(config, tokenizer)
     if (
-        format == "hf"
+        format in ("hf", "gguf")
         and isinstance(tokenizer, SentencePieceTokenizer)
         and not tokenizer.merges_pairs()
     ):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import ModelConfig
-from gptjax.data.tokenizers import Gpt2Tokenizer, Tokenizer
+from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.interop import hf_tokenizer, huggingface, parameter_names
 from gptjax.interop.tensor_files import optional
 from gptjax.interop.weights import Weights
@@ -22,8 +22,8 @@ NAMES = {
 }  # fmt: skip
 """Hugging Face's names, those within a block without its number -> llama.cpp's."""
 
-NORMAL, CONTROL, ADDED = 1, 3, 4
-"""llama.cpp's kinds of tokens."""
+KINDS = {"piece": 1, "unknown": 2, "control": 3, "added": 4, "byte": 6}
+"""llama.cpp's numbers of the kinds of tokens."""
 
 
 def obstacles(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
@@ -34,7 +34,7 @@ def obstacles(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
             config.activation != "gelu_tanh"
         ),
         "attention's scores scaled in another way": {*config.query_scales} - {1.0},
-        f"a {tokenizer.kind} tokenizer (--tokenizer gpt2)": tokenizer.kind != "gpt2",
+        "a char tokenizer (--tokenizer gpt2 or sentencepiece)": tokenizer.kind == "char",
     }
     return huggingface.obstacles(config) + [what for what, is_so in differs.items() if is_so]
 
@@ -43,7 +43,7 @@ def write(weights: Weights, tokenizer: Tokenizer, folder: Path) -> None:
     """Write model.gguf, in float32 (llama-quantize makes smaller ones of it). Raises OSError: it
     cannot be written; UserError: the package gguf is not installed."""
     gguf = optional("gguf", "writing GGUF", "'.[gguf]'")
-    assert isinstance(tokenizer, Gpt2Tokenizer)
+    assert isinstance(tokenizer, Gpt2Tokenizer | SentencePieceTokenizer)
     config = weights.config.model
     # llama.cpp's GPT-2 always has biases, as Hugging Face's.
     _, tensors = huggingface.convert(weights.params, config)
@@ -79,16 +79,28 @@ def _name(name: str) -> str:
     return f"{NAMES[module]}.{kind}"
 
 
-def _add_tokenizer(writer: Any, tokenizer: Gpt2Tokenizer) -> None:
-    converted = hf_tokenizer.convert(tokenizer)
-    merges = json.loads(converted.to_str())["model"]["merges"]
-    kinds = [NORMAL] * tokenizer.eot + [CONTROL] + [ADDED] * len(tokenizer.added)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([str(converted.id_to_token(i)) for i in range(tokenizer.n_vocab)])
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in merges])
+def _add_tokenizer(writer: Any, tokenizer: Gpt2Tokenizer | SentencePieceTokenizer) -> None:
+    ids = range(tokenizer.n_vocab)
+    if isinstance(tokenizer, Gpt2Tokenizer):
+        converted = hf_tokenizer.convert(tokenizer)
+        merges = json.loads(converted.to_str())["model"]["merges"]
+        tokens = [str(converted.id_to_token(i)) for i in ids]
+        kinds = ["piece"] * tokenizer.eot + ["control"] + ["added"] * len(tokenizer.added)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+        unknown = tokenizer.eot
+    else:
+        tokens = [tokenizer.piece(i) for i in ids]
+        kinds = ["added" if tokens[i] == "\n" else tokenizer.kind_of(i) for i in ids]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([tokenizer.score(i) for i in ids])
+        writer.add_add_space_prefix(False)
+        unknown = kinds.index("unknown")
+    writer.add_token_list(tokens)
+    writer.add_token_types([KINDS[kind] for kind in kinds])
     writer.add_bos_token_id(tokenizer.eot)
     writer.add_eos_token_id(tokenizer.eot)
-    writer.add_unk_token_id(tokenizer.eot)
+    writer.add_unk_token_id(unknown)
     writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)

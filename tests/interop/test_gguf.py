@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import sentencepiece
 from small_models import SMALL, random_params
 
 from gptjax.config import TrainConfig
@@ -67,6 +68,21 @@ def test_every_tensor_and_setting_is_where_llama_cpp_expects_it(tmp_path, byte_p
     assert value["tokenizer.ggml.eos_token_id"] == 262 == value["tokenizer.ggml.bos_token_id"]
 
 
+def test_a_sentencepiece_model_is_one_of_llamas(tmp_path, sentence_pieces):
+    model = dataclasses.replace(SMALL, vocab_size=400)
+    _, file = exported(tmp_path / "out", model, sentence_pieces)
+    value = {name: field.contents() for name, field in file.fields.items()}
+    tokens = value["tokenizer.ggml.tokens"]
+    assert tokens[:5] == ["<unk>", "<s>", "</s>", "\n", "<0x00>"]
+    # Unknown, control, added, bytes, pieces: sentencepiece_model.proto has the same numbers.
+    assert value["tokenizer.ggml.token_type"] == [2, 3, 3, 4] + [6] * 256 + [1] * 140
+    processor = sentencepiece.SentencePieceProcessor(model_proto=sentence_pieces.model)
+    scores = [processor.get_score(i) for i in range(400)]
+    assert value["tokenizer.ggml.scores"] == scores and len(set(scores[260:])) == 140
+    assert value["tokenizer.ggml.model"] == "llama" and value["tokenizer.ggml.eos_token_id"] == 2
+    assert value["tokenizer.ggml.add_space_prefix"] is False
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -81,5 +97,5 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, byte_pairs, change
 
 
 def test_a_vocabulary_without_an_end_of_text_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"a char tokenizer \(--tokenizer gpt2\)"):
+    with pytest.raises(UserError, match=r"a char tokenizer \(--tokenizer gpt2 or"):
         exported(tmp_path / "out", SMALL, CharTokenizer("ab"))

@@ -108,8 +108,7 @@ HALF = {"n_layer": 1, "n_head": 4, "n_embd": 12, "n_inner": 48, "n_positions": 4
         ({"activation_function": "relu", "n_inner": 24, "layer_norm_epsilon": 0.02}, torch.float32),
         ({"activation_function": "silu", "scale_attn_by_inverse_layer_idx": True,
           "reorder_and_upcast_attn": True, "attn_implementation": "eager"}, torch.float32),
-        ({"activation_function": "gelu_fast", "scale_attn_weights": False}, torch.float32),
-        ({"activation_function": "gelu_new", "scale_attn_weights": False,
+        ({"activation_function": "gelu_fast", "scale_attn_weights": False,
           "scale_attn_by_inverse_layer_idx": True}, torch.float32),
     ],
 )  # fmt: skip

@@ -230,13 +230,18 @@ class GPTConfig:
     n_embd: int = 16
 
 
-@pytest.mark.parametrize("name", nanogpt.BUILD_NAMES)
-def test_build_nanogpts_checkpoints_are_read_with_a_stand_in(tmp_path, monkeypatch, name):
-    net = trained(1, dataclasses.replace(NANO, activation="gelu_tanh")).net
+def name_it(monkeypatch, name):
+    """Pickles call the class above by this name."""
     module, _, short = name.rpartition(".")
     monkeypatch.setitem(sys.modules, module, sys.modules.get(module, types.ModuleType(module)))
     monkeypatch.setattr(sys.modules[module], short, GPTConfig, raising=False)
     monkeypatch.setattr(GPTConfig, "__module__", module)
+
+
+@pytest.mark.parametrize("name", nanogpt.BUILD_NAMES)
+def test_build_nanogpts_checkpoints_are_read_with_a_stand_in(tmp_path, monkeypatch, name):
+    net = trained(1, dataclasses.replace(NANO, activation="gelu_tanh")).net
+    name_it(monkeypatch, name)
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(12, 12).tril()[None, None] for i in (0, 1)}
     saved = {"model": net.state_dict() | masks, "config": GPTConfig(), "step": 7, "val_loss": 3.0}
     torch.save(saved, tmp_path / "model_00007.pt")
@@ -318,6 +323,17 @@ def test_odd_values_are_read_or_refused_in_one_line(tmp_path, saved, drawn):
     path = tmp_path / "ckpt.pt"
     torch.save(spelled_out(drawn.draw(odd_values(saved, VALUES | TENSOR))), path)
     read_or_refuse(lambda: nanogpt.read(path), path)
+
+
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+@given(drawn=st.data())
+def test_odd_values_of_build_nanogpts_are_read_or_refused_in_one_line(tmp_path, monkeypatch, drawn):
+    name_it(monkeypatch, nanogpt.BUILD_NAMES[1])
+    config = GPTConfig()
+    fields = spelled_out(drawn.draw(odd_values(vars(config), VALUES)))
+    config.__dict__ = fields if isinstance(fields, dict) else {"block_size": fields}
+    torch.save({"model": {}, "config": config, "step": 7}, tmp_path / "model.pt")
+    read_or_refuse(lambda: nanogpt.read(tmp_path / "model.pt"), tmp_path / "model.pt")
 
 
 EXPORTED = {
