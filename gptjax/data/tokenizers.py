@@ -203,6 +203,8 @@ class JsonTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the package raises nothing more special
             raise ValueError(first_line(error)) from None
+        if json.loads(content)["model"].get("dropout"):
+            raise ValueError("it leaves merges out at random (dropout): a text has no one spelling")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.content = content

@@ -122,6 +122,7 @@ def own_file():
         ({"normalizer": hf.normalizers.Lowercase()}, "changes the text"),
         ({"decoder": hf.decoders.Fuse()}, "changes the text"),
         ({"pre_tokenizer": hf.pre_tokenizers.ByteLevel(add_prefix_space=True)}, "changes the text"),
+        ({"model": hf.models.BPE(dropout=0.1)}, "at random"),
     ],
 )
 def test_a_tokenizer_file_that_changes_texts_is_refused(changes, words):
