@@ -56,11 +56,14 @@ class GrowingText:
         if self._eot in new:
             new, self.ended = new[: new.index(self._eot)], True
         self._ids += new
+        known = len(self._whole)
         end = self._tokenizer.decode(self._ids)
         self.text = self._whole + end
         if not end.endswith("\ufffd"):
             self._whole, self._ids = self.text, []
-        found = [(at + len(s), at) for s in self._stops if (at := self.text.find(s)) >= 0]
+        # What was whole before has no stop text, though one may begin at its end.
+        places = ((s, self.text.find(s, max(0, known - len(s)))) for s in self._stops)
+        found = [(at + len(s), at) for s, at in places if at >= 0]
         if found:
             # The stop that was complete first: so it does not matter how many tokens come at once.
             self.text, self.ended = self.text[: min(found)[1]], True
@@ -73,7 +76,10 @@ class GrowingText:
         if not self.ended:
             text = text.rstrip("\ufffd")
             partial = [
-                n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])
+                n
+                for stop in self._stops
+                for n in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:n])
             ]
             text = text[: len(text) - max(partial, default=0)]
         new, self._taken = text[self._taken :], max(self._taken, len(text))

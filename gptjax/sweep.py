@@ -36,7 +36,10 @@ def values(text: str, points: int, whole: bool) -> list[str]:
         )
     between = (first * (last / first) ** (n / (points - 1)) for n in range(1, points - 1))
     inner = (f"{round(x)}" if whole else f"{float(f'{x:.3g}'):g}" for x in between)
-    return [*dict.fromkeys((found[1], *inner, found[2]))]
+    # The ends as they were written; of equal numbers one, in order.
+    numbers = {first: found[1], **{float(x): x for x in inner}, last: found[2]}
+    numbers[first] = found[1]
+    return [*numbers.values()]
 
 
 @dataclasses.dataclass(frozen=True)

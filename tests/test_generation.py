@@ -1,5 +1,7 @@
 """Tokens become text piece by piece, and it ends where it shall."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -69,6 +71,13 @@ def test_what_is_not_kept_does_not_change_what_comes(text, stops):
         assert growing.ended or len(growing.text) <= held
     growing.ended = True
     assert [*pieces, growing.take()] == expected
+
+
+def test_a_very_long_stop_costs_no_more_than_the_text():
+    text = GrowingText(CharTokenizer("ab"), ["a" * 10**7])
+    began = time.monotonic()
+    text.extend(np.zeros(20, np.int32))
+    assert text.take() == "" and time.monotonic() - began < 1
 
 
 def test_the_beginning_of_a_stop_is_held_back_until_it_is_none():

@@ -160,10 +160,10 @@ def share_rows(
     from gptjax.serving.engine import Engine
 
     config, total = model.config, len(prompts) * given.num_samples
-    rows, began, drawn = min(given.rows, total), time.perf_counter(), 0
-    memory.refuse_too_many(config, rows, config.block_size, setting="--rows")
+    began, drawn = time.perf_counter(), 0
+    memory.refuse_too_many(config, given.rows, config.block_size, setting="--rows")
     terminal.status("compiling ...")
-    decoder = Decoder(unstack(model.params, config, consume=True), config, rows)
+    decoder = Decoder(unstack(model.params, config, consume=True), config, given.rows)
     engine, settings = Engine(decoder, 2 * decoder.rows), given.replace(stop=tuple(stops))
     texts = [Prompt(*each) for each in prompts]
     samples = batch.complete(engine, model.tokenizer, texts, settings, given.logprobs)

@@ -62,8 +62,15 @@ def main(argv: list[str], prog: str) -> None:
     )
     if runtime.dry_run or prints:
         raise UserError("--dry-run and --print-config are about one run; use train")
-    if not (config.data.val_fraction or config.data.val_source or config.data.dir):
-        raise UserError("a sweep compares validation losses; give a val_fraction or a val_source")
+    from gptjax.data import token_files  # slow, and not needed to print the help
+
+    folder = config.data.dir and files.path(config.data.dir)
+    validates = config.data.val_fraction or config.data.val_source
+    if not (len(token_files.load(folder).val) if folder else validates):
+        raise UserError(
+            f"a sweep compares validation losses, and {folder or 'this text'} has no validation"
+            " split; give a val_fraction or a val_source"
+        )
     folder = files.path(runtime.run_dir or "")
     if terminal.is_run(folder):
         raise UserError(f"{folder} is a run; name another folder for the sweep with --run-dir")

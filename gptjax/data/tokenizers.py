@@ -216,8 +216,11 @@ class JsonTokenizer:
         whole = self.encode(first + second)
         if self.decode(whole) != first + second:
             raise ValueError("it changes the text: decoding gives another one back")
-        if [*self.encode(first), *self.encode(second)] != whole.tolist():
+        parts = [self.encode(part) for part in (first, second)]
+        if np.concatenate(parts).tolist() != whole.tolist():
             raise ValueError("its tokens depend on where a text is cut, even before a space")
+        if "".join(map(self.decode, parts)) != first + second:
+            raise ValueError("it changes the text that continues another one")
 
     def encode(self, text: str, *, skip_unknown: bool = False) -> np.ndarray:
         text = text.encode("utf-8", "replace").decode()

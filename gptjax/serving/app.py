@@ -199,9 +199,14 @@ class Server:
         self._engine.submit([stream])
         await _collect(request, inbox, [stream])
         assert stream.attention is not None
-        attention = np.round(stream.attention.astype(float), 4).tolist()
-        tokens = [completions.spell(tokenizer, id_) for id_ in ids.tolist()]
-        return _json({"start": start, "tokens": tokens, "attention": attention})
+        weights = stream.attention
+
+        def answer() -> Response:
+            attention = np.round(weights.astype(float), 4).tolist()
+            tokens = [completions.spell(tokenizer, id_) for id_ in ids.tolist()]
+            return _json({"start": start, "tokens": tokens, "attention": attention})
+
+        return await asyncio.to_thread(answer)
 
 
 class _Inbox:
@@ -324,7 +329,7 @@ class Guard:
         """Why the request is refused; None: it is not."""
         host = headers.get("host", "")
         if not self._is_ours(re.sub(r":\d*$", "", host)):
-            return f"this server is not called {host!r}; --allowed-hosts says what it is called"
+            return f"this server is not called {host!r}; names are added with --allowed-hosts"
         origin = headers.get("origin")
         if origin is not None and origin.partition("://")[2] != host:
             return f"pages of {origin} may not use this server"

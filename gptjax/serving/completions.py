@@ -33,6 +33,7 @@ class Limits(Config):
     choices: int = 32
     """`n` times the number of prompts."""
     body_bytes: int = 1 << 20
+    stop_characters: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,26 +109,30 @@ def parse(body: Any, tokenizer: Tokenizer, limits: Limits) -> Order:
     given = {name: value for name, value in body.items() if value is not None}
     prompt = given.pop("prompt", None)
     stream_options, bias = given.pop("stream_options", {}), given.pop("logit_bias", {})
-    _check_names(given, [field.name for field in dataclasses.fields(Options)])
+    fields = [field.name for field in dataclasses.fields(Options)]
+    _check_names(given, [*fields, "prompt", "stream_options", "logit_bias"])
     if bias:
         raise UserError("logit_bias is not supported")
     if not isinstance(stream_options, dict) or (stream_options and not given.get("stream")):
-        raise UserError("stream_options is an object that goes with stream")
+        raise UserError("stream_options must be an object, and needs stream: true")
     _check_names(stream_options, ["include_usage"])
     options = Options(**given)
     if len(options.stops) > 4:
         raise UserError(f"{len(options.stops)} stop texts; at most 4 are supported")
+    if (longest := max(map(len, options.stops), default=0)) > limits.stop_characters:
+        most = limits.stop_characters
+        raise UserError(f"a stop text of {longest} characters; at most {most} are supported")
     if options.max_tokens > limits.max_tokens:
         raise UserError(f"max_tokens {options.max_tokens} is more than {limits.max_tokens}")
     prompts = list(_prompts(prompt, tokenizer))
     if len(prompts) * options.n > limits.choices:
-        count = f"{len(prompts)} prompts x n {options.n}"
-        raise UserError(f"{count} are more than {limits.choices} completions")
+        count = f"{len(prompts) * options.n} completions ({len(prompts)} prompts, n {options.n})"
+        raise UserError(f"{count}; at most {limits.choices}")
     seed = secrets.randbelow(INT_LIMIT) if options.seed is None else options.seed
     usage = bool(stream_options.get("include_usage"))
     if (total := sum(len(prompt.ids) for prompt in prompts)) * options.n > limits.prompt_tokens:
-        count = f"{total} prompt tokens x n {options.n}"
-        raise UserError(f"{count} are more than {limits.prompt_tokens}")
+        count = f"{total * options.n} tokens of prompts ({total}, n {options.n})"
+        raise UserError(f"{count}; at most {limits.prompt_tokens}")
     return Order(options, prompts, seed, usage)
 
 

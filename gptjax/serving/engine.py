@@ -7,6 +7,7 @@ other threads may call `submit`, `Stream.cancel` and `close`.
 
 import collections
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -84,6 +85,8 @@ class Stream:
         self._cached = 0
         """Tokens of the window that are in the row's cache."""
         self._cancelled = False
+        self._number = 0
+        """Of those that got a row, in order."""
 
     @property
     def is_new(self) -> bool:
@@ -120,6 +123,8 @@ class Engine:
         self._changed = threading.Condition()
         self._closed = False
         self._seconds = INTERVAL / 4  # that drawing one token took lately
+        self._admitted = itertools.count()
+        self._new_first = False
 
     @property
     def busy(self) -> int:
@@ -133,8 +138,9 @@ class Engine:
                 raise Closed("the server is shutting down")
             if len(streams) > (most := self._queue + len(self._rows)):
                 raise UserError(f"{len(streams)} completions at once; this server takes {most}")
-            if len(streams) > self._queue + self._rows.count(None) - len(self._waiting):
-                raise Full(f"{len(self._waiting)} requests are waiting already; try again soon")
+            room = most - sum(not s._cancelled for s in (*self._rows, *self._waiting) if s)
+            if len(streams) > room:
+                raise Full(f"{len(streams)} completions, with room for {room}; try again soon")
             self._waiting.extend(streams)
             self._changed.notify()
 
@@ -177,7 +183,8 @@ class Engine:
             self._waiting = collections.deque(wanted)
             for row, stream in enumerate(self._rows):
                 if stream is None and self._waiting:
-                    self._rows[row] = self._waiting.popleft()
+                    self._rows[row] = new = self._waiting.popleft()
+                    new._number = next(self._admitted)
 
     def _unread(self, stream: Stream) -> int:
         """How many tokens must still be read before the next one is drawn: the window's, but for
@@ -192,19 +199,24 @@ class Engine:
         return last - start - stream._cached
 
     def _read(self) -> None:
-        """At least one piece, and as many as fit INTERVAL; first for those that drew before."""
-        began, new = time.monotonic(), lambda each: each[1].is_new
+        """At least one piece, and as many as fit INTERVAL; first for those that drew before, then
+        by age. Where not all fits, the new ones are first the next time."""
+        began, new_first = time.monotonic(), self._new_first
         streams = [(row, stream) for row, stream in enumerate(self._rows) if stream]
-        for row, stream in sorted(streams, key=new):
+        for row, stream in sorted(
+            streams, key=lambda each: (each[1].is_new != new_first, each[1]._number)
+        ):
             while self._unread(stream):
                 self._read_piece(row, stream)
                 if time.monotonic() - began > INTERVAL:
+                    self._new_first = not new_first
                     return
             if not stream.request.max_new_tokens:
                 if stream.request.look:
                     token = stream._text[-1]
                     stream.attention = self.decoder.look(row, token, stream._cached)
                 self._deliver(row, Piece(np.zeros(0, np.int32), None, True))
+        self._new_first = False
 
     def _read_piece(self, row: int, stream: Stream) -> None:
         length, ranked = len(stream.request.prompt), stream.request.prompt_ranked and stream.is_new

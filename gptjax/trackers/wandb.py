@@ -1,5 +1,6 @@
 """Weights & Biases."""
 
+import contextlib
 import html
 import json
 import os
@@ -65,13 +66,16 @@ class Wandb(Tracker):
 
 
 def steps(content: bytes) -> Iterator[int]:
-    """Those that a record file has the numbers of."""
+    """Those that a record file has the numbers of. What is damaged is passed over."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     message = wandb_internal_pb2.Record  # type: ignore[attr-defined]
-    for record in map(message.FromString, whole_records(content)):
-        if record.HasField("history"):
-            yield record.history.step.num
+    for part in whole_records(content):
+        with contextlib.suppress(DecodeError):
+            record = message.FromString(part)
+            if record.HasField("history"):
+                yield record.history.step.num
 
 
 def whole_records(content: bytes) -> Iterator[bytes]:

@@ -179,8 +179,8 @@ class _Walk:
         return Section(
             "Text becomes tokens",
             [
-                "A network computes with numbers, so a text is cut into tokens, and each different"
-                " token, all of which are the vocabulary, has a number. There is a choice to make:"
+                "A network computes with numbers, so a text is cut into tokens, and each kind of"
+                " token has a number; together they are the vocabulary. There is a choice to make:"
                 " a small vocabulary makes long sequences, a large one short ones; but the model"
                 " must learn a vector for each of its tokens.",
                 f"This model reads {kinds.get(own.kind, 'sub-word pieces')}, with a vocabulary of"
@@ -188,8 +188,7 @@ class _Walk:
                 + (
                     ""
                     if own.eot is None
-                    else f" One more, number {own.eot:,}, stands for the end of a text; the model"
-                    " has seen it wherever one document ended and the next began."
+                    else f" One of the vocabulary, number {own.eot:,}, marks the end of a text."
                 ),
             ],
             [Table(["cut into", "vocabulary", "tokens here", "the prompt"], rows)],
@@ -245,7 +244,7 @@ class _Walk:
                 + (
                     "What training has brought together can be"
                     if self.trained
-                    else "This model is untrained, so which are near is chance; it can be"
+                    else "This model is untrained, so it is chance which are near each other, as"
                 )
                 + " seen by the cosine of the angle between two: 1 is the same direction, 0 a right"
                 " angle.",
@@ -267,7 +266,7 @@ class _Walk:
         own = (
             f"This model's own rate is {rate:.0%}."
             if rate
-            else "This model is trained without dropout."
+            else "This model's own rate is 0: nothing is dropped."
         )
         return Section(
             "Dropout: in training only, some numbers are zeroed",
@@ -305,14 +304,15 @@ class _Walk:
             "LayerNorm: each token's vector is brought to one scale",
             [
                 "Before each part of a block, every token's vector is shifted to mean 0 and scaled"
-                f" to variance 1 (a little less: {epsilon:f} is added to what it is divided by,"
-                " which is never 0 then); then each of its numbers gets a learned gain"
+                f" to variance 1 (a little less: {np.format_float_positional(epsilon)} is added to"
+                " the variance before it is divided by its root, which is never 0 then); then each"
+                " of its numbers gets a learned gain"
                 + (" and shift." if self.run.config.bias else "."),
             ],
             [
                 Table(
                     ["token", "mean before", "variance before", "mean after", "variance after",
-                     "variance after gain"],
+                     "variance after gain" + " and shift" * self.run.config.bias],
                     rows, digits=4,
                 )
             ],
@@ -340,7 +340,7 @@ class _Walk:
                 " zeros, with what lies ahead masked by minus infinity.",
                 "Attention puts weights there that depend on the text: the second triangle is what"
                 f" head {self._head} of this model's first layer does with the same tokens (the"
-                " head that is most sure where the last token should look).",
+                " head with the largest single weight for the last token).",
             ],
             [triangle(even, "averages"), triangle(real, f"layer 0, head {self._head}")],
         )
@@ -416,8 +416,8 @@ class _Walk:
                 f"The model has {counted(config.n_layer, 'layer')} of"
                 f" {counted(config.n_head, 'head')}. Each can learn to look for something else: the"
                 " token before, the last space, the same token further back. Here is where"
-                f" “{self.tokens[-1]}” looks. (Tokens in effect: among how many the weight would"
-                " be shared if each had the same; e to the power of the entropy.)",
+                f" “{self.tokens[-1]}” looks. (Tokens in effect: how many there would be if all had"
+                " equal weight; e to the power of the entropy.)",
             ],
             [
                 Heads(self.tokens, weights),
@@ -445,8 +445,8 @@ class _Walk:
                 f" {config.n_embd} again. One more matrix mixes them, and the result is added to"
                 " what the token was before, rather than put in its place. That way every layer"
                 " only has to learn what to change, and what is learned from an error (its"
-                " gradient) reaches the first layer undamped. The sum that runs through all layers"
-                " so is called the residual stream.",
+                " gradient) reaches the first layer undamped. This sum, which runs through all"
+                " layers, is called the residual stream.",
             ],
             [
                 Table(
@@ -574,7 +574,7 @@ class _Walk:
                 " in the end."
                 + (
                     " (The embedding by itself often names its own token: the head is the same"
-                    " table, and no vector is more like a row than that row.)"
+                    " table, and a row's product with itself is usually the largest.)"
                     if config.tied_head
                     else ""
                 ),

@@ -123,6 +123,15 @@ def own_file():
         ({"decoder": hf.decoders.Fuse()}, "changes the text"),
         ({"pre_tokenizer": hf.pre_tokenizers.ByteLevel(add_prefix_space=True)}, "changes the text"),
         ({"model": hf.models.BPE(dropout=0.1)}, "at random"),
+        (
+            {
+                "pre_tokenizer": hf.pre_tokenizers.Metaspace(prepend_scheme="first"),
+                "decoder": hf.decoders.Sequence(
+                    [hf.decoders.ByteFallback(), hf.decoders.Metaspace(prepend_scheme="first")]
+                ),
+            },
+            "changes the text|depend on where",
+        ),
     ],
 )
 def test_a_tokenizer_file_that_changes_texts_is_refused(changes, words):

@@ -31,7 +31,7 @@ LIMITS = Limits(max_tokens=50, prompt_tokens=9, choices=6)
         ({"prompt": "a", "top_p": 0}, "top_p 0.* is outside"),
         ({"prompt": "a", "top_k": -2}, "top_k -2 must be at least 0"),
         ({"prompt": "a", "n": 0}, "n 0 must be at least 1"),
-        ({"prompt": ["a", "b"], "n": 4}, "2 prompts x n 4 are more than 6"),
+        ({"prompt": ["a", "b"], "n": 4}, r"8 completions \(2 prompts, n 4\); at most 6"),
         ({"prompt": "a", "seed": -1}, "seed -1 must be at least 0"),
         ({"prompt": "a", "seed": 2**31}, "seed 2147483648 must be below"),
         ({"prompt": "a", "stop": ""}, "stop text must not be empty"),
@@ -42,8 +42,10 @@ LIMITS = Limits(max_tokens=50, prompt_tokens=9, choices=6)
         ({"prompt": "a", "suffix": "b"}, "suffix is not supported"),
         ({"prompt": "a", "presence_penalty": 1}, "presence_penalty is not supported"),
         ({"prompt": "a", "logit_bias": {"1": 2}}, "logit_bias is not supported"),
-        ({"prompt": "a", "stream_options": {"include_usage": True}}, "goes with stream"),
-        ({"prompt": "a", "stream_options": []}, "stream_options is an object"),
+        ({"prompt": "a", "stop": ["b", "z" * 257]}, "257 characters; at most 256"),
+        ({"promt": "a"}, "unknown parameter 'promt'; did you mean prompt"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "needs stream: true"),
+        ({"prompt": "a", "stream_options": []}, "stream_options must be an object"),
         (
             {"prompt": "a", "stream": True, "stream_options": {"include_usge": True}},
             "unknown parameter 'include_usge'; did you mean include_usage",
@@ -55,8 +57,8 @@ LIMITS = Limits(max_tokens=50, prompt_tokens=9, choices=6)
         ({"prompt": [[1], []]}, "a prompt is a text"),
         ({"prompt": [1.5]}, "a prompt is a text"),
         ({"prompt": [8]}, "token id 8 is not one of the model's 0 to 7"),
-        ({"prompt": "abcdefabcd"}, "10 prompt tokens x n 1 are more than 9"),
-        ({"prompt": ["abc", "ab"], "n": 2}, "5 prompt tokens x n 2 are more than 9"),
+        ({"prompt": "abcdefabcd"}, r"10 tokens of prompts \(10, n 1\); at most 9"),
+        ({"prompt": ["abc", "ab"], "n": 2}, r"10 tokens of prompts \(5, n 2\); at most 9"),
     ],
 )
 def test_bad_requests_are_refused_with_a_reason(body, words):

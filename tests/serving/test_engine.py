@@ -192,12 +192,27 @@ def test_a_request_that_nobody_wants_any_more_never_gets_a_row(shared):
     assert not shared.step() and not reader.pieces
 
 
+def test_nobody_is_overtaken_by_those_who_come_later(monkeypatch):
+    """Though each step has time to read only one piece of one prompt."""
+    monkeypatch.setattr(engine, "INTERVAL", -1.0)
+    served, done = make(rows=2), []
+
+    def listener(number):
+        return lambda stream, piece: done.append(number) or False
+
+    prompt = np.arange(9, dtype=np.int32)
+    served.submit([Stream(Request(prompt, 1), listener(number)) for number in range(9)])
+    while served.step():
+        pass
+    assert done == [*range(9)]
+
+
 def test_too_many_are_refused_and_none_of_them_is_taken():
     served = make(rows=2, queue=1)
     served.submit([Stream(endless(), Reader()) for _ in range(2)])
     with pytest.raises(UserError, match="4 completions at once; this server takes 3"):
         served.submit([Stream(endless(), Reader()) for _ in range(4)])
-    with pytest.raises(Full, match="2 requests are waiting already"):
+    with pytest.raises(Full, match="completions, with room for"):
         served.submit([Stream(endless(), Reader()) for _ in range(2)])
     assert served.busy == 2
     served.submit([Stream(endless(), Reader())])
