@@ -1,1 +1,2 @@
-"""Many people share one model: continuous batching, an HTTP interface, and a page to play on."""
+"""Many texts share one model: continuous batching, for a file of prompts and for a server with an
+HTTP interface and a page to play on."""

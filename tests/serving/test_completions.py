@@ -8,6 +8,7 @@ import pytest
 from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
 from gptjax.errors import UserError
+from gptjax.sampling import Sampling
 from gptjax.serving.completions import Answer, Choice, Limits, attention_of, parse, spell
 from gptjax.serving.decoder import Ranks
 from gptjax.serving.engine import Piece
@@ -228,6 +229,22 @@ def test_a_choice_is_drawn_with_its_own_seed():
     assert [Recorder(LETTERS, index=i, n=3).stream.request.seed for i in range(6)] == [7, 8, 9] * 2
     assert Recorder(LETTERS, top_k=8).stream.request.sampling.top_k == 0  # all there are
     assert Recorder(LETTERS, top_k=7).stream.request.sampling.top_k == 7
+    sampling = Recorder(LETTERS, min_p=0.1, repetition_penalty=1.2).stream.request.sampling
+    assert sampling == Sampling(min_p=0.1, repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_text_goes_on_after_the_end_of_text_token_on_request(logprobs):
+    for ignore, drawn in ((False, 2), (True, 3)):
+        recorder = Recorder(BYTES, logprobs=logprobs, ignore_eos=ignore)
+        ids = np.array([97, BYTES.eot, 98], np.int32)
+        ranks = Ranks(np.zeros(3), np.zeros((3, 1), np.int32), np.zeros((3, 1)))
+        recorder.choice(recorder.stream, Piece(ids, ranks, True))
+        (choice,) = recorder.whole["choices"]
+        assert recorder.choice.drawn == drawn
+        assert choice["finish_reason"] == ("length" if ignore else "stop")
+        assert choice["text"] == BYTES.decode(ids.tolist() if ignore else [97])
+        assert logprobs is None or len(choice["logprobs"]["tokens"]) == (3 if ignore else 1)
 
 
 def test_tokens_are_spelled_for_people():
