@@ -17,6 +17,7 @@ from gptjax.data import token_files, tokenizers
 from gptjax.data.tokenizers import Gpt2Tokenizer, SentencePieceTokenizer, Tokenizer
 from gptjax.errors import RunError, UserError, first_line
 from gptjax.interop import gguf, hf_tokenizer, huggingface, model_card, nanogpt, tensorflow
+from gptjax.interop.tensor_files import SAFETENSORS
 from gptjax.interop.weights import Gelu, Weights
 from gptjax.run_metadata import CheckpointMetadata
 
@@ -50,10 +51,13 @@ def read_pretrained(
     if nowhere and source.strip(".") and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
         path = huggingface.download(source)
     checkpoint = path if path.is_file() else path / "ckpt.pt"
+    alone = path if path.suffix == ".safetensors" else path / SAFETENSORS
     if (path / "config.json").is_file():
         weights = huggingface.read(path)
     elif (path / tensorflow.HPARAMS).is_file():
         weights = tensorflow.read(path)
+    elif alone.is_file():
+        weights, path = huggingface.read_alone(alone), alone.parent
     elif checkpoint.is_file():
         weights, path = nanogpt.read(checkpoint, optimizer=optimizer, gelu=gelu), checkpoint.parent
     else:

@@ -13,12 +13,20 @@ import numpy as np
 import safetensors.numpy
 
 from gptjax.config import FINETUNE, Activation, ModelConfig
+from gptjax.config_io import from_dict
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.errors import RunError, UserError, first_line, quoted
+from gptjax.files import parse_json
 from gptjax.generation_config import GenerationConfig
 from gptjax.interop import hf_tokenizer, parameter_names
 from gptjax.interop.parameter_names import EMBEDDING
-from gptjax.interop.tensor_files import FLAX, SAFETENSORS, hugging_face_tensors, read_object
+from gptjax.interop.tensor_files import (
+    FLAX,
+    SAFETENSORS,
+    hugging_face_tensors,
+    read_object,
+    read_safetensors,
+)
 from gptjax.interop.weights import Weights, model_config
 
 SHARD_BYTES = 2 << 30
@@ -173,6 +181,25 @@ def write_tensors(weights: Weights, folder: Path, *, keep_padding: bool = False)
     tensors = parameter_names.to_torch(weights.params, config, "in_out", padding=keep_padding)
     settings = json.dumps(dataclasses.asdict(config))
     _save(tensors, folder / SAFETENSORS, gptjax=settings)
+
+
+def read_alone(path: Path) -> Weights:
+    """The model that `write_tensors` wrote. UserError: it is not, it is damaged, or tensors do not
+    fit."""
+    tensors, where = read_safetensors(path), str(path)
+    with safetensors.safe_open(path, framework="numpy", backend="pread") as file:
+        noted = (file.metadata() or {}).get("gptjax")
+    if not noted or EMBEDDING not in tensors:
+        raise UserError(
+            f"{path} says nothing of a model's settings: expected a config.json beside it, or what"
+            " gptjax exports by --format safetensors"
+        )
+    fields, rows = parse_json(noted, where), tensors[EMBEDDING].shape[:1]
+    if isinstance(fields, dict):
+        fields |= {"vocab_size": rows[0] if rows else 0, "vocab_multiple": 1}
+    model = from_dict(ModelConfig, fields, where)
+    params = parameter_names.from_torch(tensors, model, "in_out", where)
+    return Weights(FINETUNE.replace(model=model), params)
 
 
 def _save(tensors: dict[str, np.ndarray], path: Path, **more: str) -> None:

@@ -13,7 +13,7 @@ from fuzz import damaged, read_or_refuse
 from helpers import TEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_models import SMALL, VARIANTS, assert_bitwise, random_params
+from small_models import ALL_VARIANTS, SMALL, VARIANTS, assert_bitwise, random_params
 
 from gptjax import run_metadata
 from gptjax.config import PRESETS, ModelConfig, TrainConfig
@@ -137,6 +137,33 @@ def test_what_a_format_cannot_express_is_refused_by_name(tmp_path, change, forma
         with pytest.raises(UserError, match=f"{format} cannot express .*{word}"):
             make(tmp_path / "out", model, format=format)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["every setting", "sinusoidal", "banded", "no layers", "padded"])
+def test_safetensors_alone_round_trip_bitwise(tmp_path, name):
+    model = ALL_VARIANTS[name]
+    params = make(tmp_path / "out", model, format="safetensors", keep_padding=True)
+    (tmp_path / "out" / "model.safetensors").rename(tmp_path / "mine.safetensors")
+    hf_tokenizer.write(CHARS, tmp_path, 12)
+    weights, _ = read_pretrained(str(tmp_path / "mine.safetensors"))
+    assert_bitwise(weights.params, params)
+    rows = model.vocab_multiple
+    assert dataclasses.replace(weights.config.model, vocab_multiple=rows) == model
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(drawn=st.data())
+def test_damaged_safetensors_alone_are_read_or_refused_in_one_line(tmp_path, drawn):
+    if not (tmp_path / "whole").exists():
+        make(tmp_path / "whole", format="safetensors")
+    path = tmp_path / "model.safetensors"
+    with safetensors.safe_open(tmp_path / "whole" / "model.safetensors", "numpy") as file:
+        whole = file.metadata()["gptjax"].encode()
+    tensors = safetensors.numpy.load_file(tmp_path / "whole" / "model.safetensors")
+    noted = drawn.draw(damaged(whole))
+    more = {"gptjax": noted.decode(errors="ignore")}
+    safetensors.numpy.save_file(tensors, path, metadata=more)
+    read_or_refuse(lambda: read_pretrained(str(tmp_path)), tmp_path)
 
 
 def test_safetensors_alone_hold_any_model(tmp_path):
