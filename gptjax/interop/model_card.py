@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 inputs = tokenizer("...", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=COUNT)[0]))
 ```""",
     "gguf": """\
 ```
-llama-completion -m FOLDER/model.gguf -no-cnv -n 100 -p "..."
+llama-completion -m FOLDER/model.gguf -no-cnv -n COUNT -p "..."
 ```""",
 }
 
@@ -50,7 +50,7 @@ def text(weights: Weights, tokenizer: Tokenizer, name: str, format: Literal["hf"
         f" {model.block_size:,} tokens, {tokenizer.n_vocab:,} ids ({tokenizer.kind}). Exported by"
         " gptjax.",
         "",
-        HOW[format],
+        HOW[format].replace("COUNT", str(min(100, model.block_size // 2))),
         "",
         "## Training",
         "",

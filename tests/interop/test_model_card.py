@@ -51,7 +51,8 @@ def test_a_card_states_data_tokens_and_loss():
     text = card(data_fingerprint="0123456789abcdef", val_loss=1.5)
     assert text.startswith("---\npipeline_tag: text-generation\nlibrary_name: transformers\n")
     for words in (
-        "# tiny\n", "`gpt2`", "`all ?x? texts.txt`", "`0123456789ab`", "40 of 5 sequences",
+        "# tiny\n", "max_new_tokens=6)", "`gpt2`", "`all ?x? texts.txt`", "`0123456789ab`",
+        "40 of 5 sequences",
         "2,400 tokens", "1.5000 nats per token (perplexity 4.482)", "gptjax train --",
     ):  # fmt: skip
         assert words in text
