@@ -197,7 +197,7 @@ def test_convert_exports_and_imports_the_same_model(trained, gptjax, tmp_path):
         ("import a", "RUN missing: gptjax convert import SOURCE RUN"),
         ("export a", "FOLDER missing: gptjax convert export RUN FOLDER"),
         ("import a b --tokenizer=", "--tokenizer is empty"),
-        ("export a b --format gguf", "--format 'gguf': expected 'hf' or 'nanogpt'"),
+        ("export a b --format onnx", "--format 'onnx': expected 'hf' or 'nanogpt'"),
     ],
 )
 def test_convert_refuses_bad_input(gptjax, argv, words):
