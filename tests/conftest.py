@@ -4,6 +4,7 @@ import functools
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import helpers
@@ -36,6 +37,13 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=4, help="how often the soak test kills its run")
     parser.addoption("--command-lines", type=int, default=40, help="how many odd ones are tried")
     parser.addoption("--soak-seed", type=int, default=0, help="of the moments when it does")
+    parser.addoption("--until", type=float, help="skip what would begin after this (date +%%s)")
+
+
+def pytest_runtest_setup(item):
+    until = item.config.getoption("--until")
+    if until and time.time() > until:
+        pytest.skip("no time is left (--until)")
 
 
 @pytest.fixture(autouse=True, scope="session")
