@@ -44,6 +44,12 @@ class Reader:
         return self._stop_after is None or len(self.ids) < self._stop_after
 
 
+@pytest.fixture(autouse=True)
+def _time_enough(monkeypatch):
+    """How much a step does does not depend on how fast the machine is."""
+    monkeypatch.setattr(engine, "INTERVAL", 3600.0)
+
+
 def run_until_idle(served: Engine, requests) -> list[Reader]:
     readers = [Reader() for _ in requests]
     served.submit([Stream(*each) for each in zip(requests, readers, strict=True)])
