@@ -90,12 +90,13 @@ def _prepare_into(
     shard_tokens: int | None,
 ) -> dict[str, Any]:
     """Write the files of a set; what its meta.json holds."""
-    recipe = hashlib.sha256(json.dumps([_recipe(config, tokenizer), shard_tokens]).encode())
+    held_out = _held_out(config)
+    settled = [_recipe(config, texts, held_out, tokenizer), shard_tokens]
+    recipe = hashlib.sha256(json.dumps(settled).encode())
     record = writing.load(folder, recipe.hexdigest())
     tokenizer = read_tokenizer(folder) if record else tokenizer or given_tokenizer(config)
     marks_ends = tokenizer.eot is not None if tokenizer else config.tokenizer != "char"
     separator = None if marks_ends else "\n"
-    held_out = _held_out(config)
 
     def pieces(of: Corpus, description: str, total: int | None) -> Iterator[str | None]:
         task = progress.add_task(description, total=total)
@@ -289,14 +290,19 @@ def default_name(config: DataConfig) -> str:
 def default_dir(config: DataConfig, tokenizer: Tokenizer | None = None) -> Path:
     """data/NAME-TOKENIZER-DIGEST: another text, setting or given tokenizer has another folder.
     Raises UserError if there is no text."""
-    recipe = json.dumps(_recipe(config, tokenizer))
+    recipe = json.dumps(_recipe(config, corpora(config), _held_out(config), tokenizer))
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:8]
     return Path("data") / f"{default_name(config)}-{digest}"
 
 
-def _recipe(config: DataConfig, tokenizer: Tokenizer | None) -> list[Any]:
+def _recipe(
+    config: DataConfig,
+    texts: Sequence[Corpus],
+    held_out: Corpus | None,
+    tokenizer: Tokenizer | None,
+) -> list[Any]:
     """All that decides on a set's tokens, as JSON values."""
-    (what, *how), *others = (text.identity() for text in corpora(config))
+    (what, *how), *others = (text.identity() for text in texts)
     recipe: list[Any] = [config.tokenizer, config.val_fraction, what]
     if tokenizer:
         recipe.append(tokenizer.state())
@@ -309,7 +315,7 @@ def _recipe(config: DataConfig, tokenizer: Tokenizer | None) -> list[Any]:
     recipe += [*how, *others]
     if config.special_tokens:
         recipe.append({"special": config.special_tokens})
-    if held_out := _held_out(config):
+    if held_out:
         recipe += ["validation", *held_out.identity()]
     return recipe
 
