@@ -28,13 +28,16 @@ KINDS = {"piece": 1, "unknown": 2, "control": 3, "added": 4, "byte": 6}
 
 def obstacles(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     """What of this model llama.cpp's GPT-2 does not compute; empty if it can be exported exactly.
-    (It always takes some token for the end of a text, which `char` does not have.)"""
+    (It always takes some token for the end of a text, which `char` does not have; what a
+    tokenizer.json does to a text is not for a file of GGUF to say.)"""
     differs = {
         f"the activation {config.activation} (--activation gelu_tanh)": (
             config.activation != "gelu_tanh"
         ),
         "attention's scores scaled in another way": {*config.query_scales} - {1.0},
-        "a char tokenizer (--tokenizer gpt2 or sentencepiece)": tokenizer.kind == "char",
+        f"a {tokenizer.kind} tokenizer (--tokenizer gpt2 or sentencepiece)": (
+            tokenizer.kind in ("char", "json")
+        ),
     }
     return huggingface.obstacles(config) + [what for what, is_so in differs.items() if is_so]
 

@@ -131,7 +131,7 @@ def obstacles(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
         "attention's scores scaled in another way": {*config.query_scales} - {1.0},
         "an untied head (--tied-head True)": not config.tied_head,
         f"qkv_bias {config.qkv_bias} beside bias {config.bias}": config.use_qkv_bias != config.bias,
-        "a sentencepiece tokenizer": tokenizer.kind == "sentencepiece",
+        f"a {tokenizer.kind} tokenizer": tokenizer.kind in ("sentencepiece", "json"),
         "a byte-pair encoding that is not GPT-2's own": not own,
     }
     return huggingface.obstacles(config) + [what for what, is_so in differs.items() if is_so]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import sentencepiece
+import tokenizers as hf
 from fuzz import damaged, read_or_refuse
 from helpers import TEXT
 from hypothesis import HealthCheck, given, settings
@@ -17,9 +18,9 @@ from small_models import ALL_VARIANTS, SMALL, VARIANTS, assert_bitwise, random_p
 
 from gptjax import run_metadata
 from gptjax.config import PRESETS, ModelConfig, TrainConfig
-from gptjax.data.tokenizers import CharTokenizer, SentencePieceTokenizer
+from gptjax.data.tokenizers import CharTokenizer, JsonTokenizer, SentencePieceTokenizer
 from gptjax.errors import RunError, UserError
-from gptjax.interop import convert, hf_tokenizer
+from gptjax.interop import convert, gguf, hf_tokenizer, nanogpt
 from gptjax.interop.convert import find_tokenizer, read_pretrained, write_pretrained
 from gptjax.interop.weights import Weights
 from gptjax.runtime_config import RuntimeConfig
@@ -366,3 +367,14 @@ def test_settings_of_an_import_are_in_its_run(tmp_path):
     assert saved["runtime"]["eval_interval"] == 7
     assert saved["experiment"]["model"]["n_embd"] == 16
     assert hf_tokenizer.read(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("room", [nanogpt, gguf])
+def test_a_tokenizer_file_is_refused_where_it_cannot_be_expressed(room):
+    own = hf.Tokenizer(hf.models.BPE())
+    own.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = hf.decoders.ByteLevel()
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(["a"], hf.trainers.BpeTrainer(initial_alphabet=alphabet))
+    found = room.obstacles(ModelConfig(vocab_size=256), JsonTokenizer(own.to_str()))
+    assert any(what.startswith("a json tokenizer") for what in found)
