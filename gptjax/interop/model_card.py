@@ -14,6 +14,9 @@ from gptjax.interop.weights import Weights
 NOT_IN_COMMAND = ("model.vocab_size", "data.source", "data.dir", "init_from")
 """Settings that the data decide, and those that are paths of one machine."""
 
+PATHS = ("data.mix", "data.val_source", "data.tokenizer_file")
+"""Of such paths the last part is named."""
+
 HOW = {
     "hf": """\
 ```python
@@ -62,10 +65,12 @@ def text(weights: Weights, tokenizer: Tokenizer, name: str, format: Literal["hf"
             "- Data, loss and command: not known. gptjax imported the weights from elsewhere."
         ]
         return "\n".join([*lines, ""])
-    source = config.data.source or config.data.dir or ""
+    data = config.data
+    source = data.source or data.dir or ""
+    names = [_local(name) for name in data.mix] or [_plain(Path(source).name)]
     tokens = weights.step * config.batch_size * model.block_size
     lines += [
-        f"- Data: `{_plain(Path(source).name)}` (tokens with the fingerprint"
+        f"- Data: `{' '.join(names)}` (tokens with the fingerprint"
         f" `{weights.data_fingerprint[:12]}`).",
         f"- Steps: {weights.step:,} of {config.batch_size} sequences, {tokens:,} tokens in all.",
         f"- Validation loss: {_loss(weights.val_loss)}.",
@@ -80,14 +85,22 @@ def command(config: TrainConfig) -> str:
     origin, source = config.init_from, config.data.source or config.data.dir or ""
     chosen = config_io.flatten(FINETUNE if origin else config_io.load_config("quickstart")[0])
     arguments = ["--init-from", _plain(Path(origin).name)] if origin else []
-    arguments += ["--data.source" if config.data.source else "--data.dir"]
-    arguments += [_plain(Path(source).name)]
+    if not config.data.mix:
+        arguments += ["--data.source" if config.data.source else "--data.dir"]
+        arguments += [_plain(Path(source).name)]
     for name, value in config_io.flatten(config).items():
         same = value == chosen[name] and name != "model.block_size"  # the weights' may be longer
         if not same and name not in NOT_IN_COMMAND:
             values = value if isinstance(value, tuple) else [value]
+            values = [*map(_local, values)] if name in PATHS else values
             arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(["gptjax", "train", *arguments])
+
+
+def _local(value: str) -> str:
+    """A path, or one with a weight, without the folder."""
+    path, equals, weight = value.rpartition("=") if "=" in value else (value, "", "")
+    return f"{_plain(Path(path).name)}{equals}{_plain(weight)}"
 
 
 def _loss(nats: float | None) -> str:

@@ -36,6 +36,19 @@ def test_the_command_gives_the_same_settings(tmp_path):
     assert dataclasses.replace(found, model=model, data=CONFIG.data) == config
 
 
+def test_a_mix_and_other_files_are_named_without_their_folders(tmp_path):
+    mix = ("/home/me/a b.txt=0.7", "/home/me/books/=0.3")
+    data = DataConfig(None, mix=mix, val_source="/home/me/held.txt", dir="/home/me/data/x")
+    config = dataclasses.replace(CONFIG, init_from=None, data=data)
+    words = shlex.split(model_card.command(config))
+    found, *_ = train.read_settings(words[2:], "gptjax train", str(tmp_path))
+    assert found.data.mix == ("a b.txt=0.7", "books=0.3") and found.data.source is None
+    assert found.data.val_source == "held.txt" and found.data.dir is None
+    weights = Weights(config, {}, step=40, data_fingerprint="0" * 64)
+    text = model_card.text(weights, CHARS, "tiny", "hf")
+    assert "- Data: `a b.txt=0.7 books=0.3` (tokens" in text and "/home/me" not in text
+
+
 def test_the_command_names_what_a_fine_tuned_model_began_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert.write_run(Weights(TrainConfig(MODEL), random_params(MODEL)), CHARS, tmp_path / "gpt2")
