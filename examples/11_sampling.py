@@ -38,14 +38,14 @@ from gptjax.sampling import Sampling, filter_logits
 # %%
 logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
 for settings in (
-    Sampling(),
-    Sampling(temperature=0.5),
-    Sampling(temperature=2.0),
-    Sampling(top_k=2),
-    Sampling(top_p=0.7),
+    {"temperature": 1.0},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 2},
+    {"top_p": 0.7},
 ):
-    probabilities = jax.nn.softmax(filter_logits(logits, settings))[0]
-    print(settings, *(f"{p:.3f}" for p in probabilities))
+    probabilities = jax.nn.softmax(filter_logits(logits, Sampling(**settings)))[0]
+    print(*(f"{p:.3f}" for p in probabilities), settings)
 
 # %% [markdown]
 # ## A trained model

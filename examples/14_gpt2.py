@@ -89,7 +89,7 @@ folder = tempfile.TemporaryDirectory()
 theirs.save_pretrained(folder.name)
 run = gptjax.from_pretrained(folder.name)
 print(run)
-print(run.config)
+print(run.config.n_layer, "blocks,", run.config.n_head, "heads, width", run.config.n_embd)
 
 # %% [markdown]
 # ## Every shape on the way

@@ -24,10 +24,12 @@ QUERIES_AT_A_TIME = 32, 128
 
 
 def choose(
-    config: ModelConfig, compute: ComputeConfig, device: Any = None, *, train: bool
-) -> tuple[Literal["xla", "blocks", "cudnn", "splash"], str]:
+    config: ModelConfig, compute: ComputeConfig, device: Any = None, *, train: bool,
+    packed: bool = False,
+) -> tuple[Literal["xla", "blocks", "cudnn", "splash"], str]:  # fmt: skip
     """(kernel, why): a flash attention kernel where it can compute this model on `device` (None:
-    JAX's first); blocks of queries on a CPU; else "xla". `config.dtype` is resolved already."""
+    JAX's first); blocks of queries on a CPU; else "xla". `config.dtype` is resolved already.
+    `packed`: documents are kept apart."""
     if compute.attention == "xla":
         return "xla", "asked for"
     device = device or jax.devices()[0]
@@ -56,6 +58,8 @@ def choose(
         ),
         (cudnn and config.block_size % 2 != 0, "needs an even block_size"),
         (cudnn and dropout, "cannot apply our attention dropout"),
+        (cudnn and packed, "cannot keep documents apart"),
+        (packed and dropout, "cannot keep documents apart and apply dropout"),
         (dropout and not tricks.enabled("hashed_random"), "needs hashed_random for dropout"),
         (
             not cudnn
@@ -93,14 +97,15 @@ def attend(
         q: [B, H, T, D]; the first query has position `start` [].
         k, v: [B, H, S, D], from position 0; those after a query's position are masked, so it does
             not matter what they hold. Or [B, H / G, S, G D], with G heads in a row (`head_rows`).
-        window: int32 []: how many tokens back a query sees, its own included; None: all.
+        window: int32 [], or [B, T]: how many tokens back a query sees, its own included; None: all.
         dropout: of the attention weights [B, H, T, S].
 
     Returns:
         [B, H, T, D].
     """
     b = q.shape[0]
-    if q.shape[2] == 1:
+    each = window is not None and jnp.ndim(window) == 2  # query has a window of its own
+    if q.shape[2] == 1 and not each:
         # Batch and heads as one axis, for XLA's CPU compiler: with two it moves the product into
         # the loop that reads the cache, and copies every cache for it (8 samples: 3.6 ms a token
         # instead of 0.7). With more queries two are faster, by a tenth of a training step.
@@ -112,7 +117,7 @@ def attend(
     distance = (start + jnp.arange(queries.shape[2]) // group)[:, None] - jnp.arange(k.shape[2])
     visible = distance >= 0
     if window is not None:
-        visible &= distance < window
+        visible = visible & (distance < (window[:, None, :, None] if each else window))
     weights = jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1).astype(v.dtype)
     weights = dropout(weights.reshape(b, -1, *weights.shape[2:])).reshape(weights.shape)
     y = head_rows.narrow(jnp.einsum("bhts,bhsd->bhtd", weights, v), group)
@@ -162,7 +167,8 @@ def attend_in_blocks(
     def block(first: int) -> jax.Array:
         queries = q[:, :, first : first + size]
         end = first + queries.shape[2]
+        reach = window if window is None or jnp.ndim(window) < 2 else window[:, first:end]
         dropout = functools.partial(drop, first=first)
-        return attend(queries, k[:, :, :end], v[:, :, :end], first, window, dropout)
+        return attend(queries, k[:, :, :end], v[:, :, :end], first, reach, dropout)
 
     return jnp.concatenate([block(first) for first in range(0, t, size)], axis=2)

@@ -186,6 +186,14 @@ class DataConfig(Config):
     """Words such as "<|user|>" that are a token each wherever a text has them; with gpt2 or bpe."""
     text_field: str = "text"
     """Field that holds the text, of JSON or a table; "meta.body" is the field body of meta."""
+    pack: Literal["blocks", "documents"] = "blocks"
+    """What a token sees of the documents before its own in a sequence. blocks: them too, as in
+    nanoGPT; documents: nothing, and positions count from each document's beginning."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether attention keeps documents apart."""
+        return self.pack == "documents"
 
     @property
     def sources(self) -> list[str | None]:

@@ -42,7 +42,9 @@ def print_training(
     if chip and chip.memory and runtime.device_memory is None:
         have, source = chip.memory, devices[0].device_kind
     model = config.model
-    compute, why = setup.resolve_compute(model, runtime, devices[0], train=True)
+    compute, why = setup.resolve_compute(
+        model, runtime, devices[0], train=True, packed=config.data.packed
+    )
     layers = "unrolled" if compute.scan_unroll >= model.n_layer else "in a loop"
     temporary = max(0, found.step - kinds["activations"])
     print(

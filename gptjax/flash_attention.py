@@ -30,6 +30,7 @@ BLOCKED = (
 def attend(
     kernel: str, q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array,
     windows: tuple[int, ...], keys: jax.Array | None = None, rate: float = 0.0,
+    documents: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """`attention.attend` with start 0, by the kernel "cudnn" or "splash".
 
@@ -39,6 +40,8 @@ def attend(
         windows: those of all layers; at most two different ones.
         keys: for dropout of the weights with probability `rate`, as `dropout_attention.attend`;
             None: none. Not with "cudnn".
+        documents: int32 [B, T]: the number of each token's document, which sees no other; None: all
+            are one. Only with "splash", without dropout.
 
     Returns:
         [B, H, T, D].
@@ -47,6 +50,9 @@ def attend(
     if keys is not None:
         assert kernel == "splash", kernel
         compute = functools.partial(with_dropout, keys=keys, rate=rate)
+    if documents is not None:
+        assert kernel == "splash" and keys is None, kernel
+        compute = functools.partial(with_splash, documents=documents)
     narrow, *wide = sorted({min(reach, q.shape[2]) for reach in windows})
     if not wide:
         return compute(q, k, v, narrow)
@@ -65,8 +71,9 @@ def with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Arr
 
 
 def with_splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int, *, interpret: bool = False
-) -> jax.Array:
+    q: jax.Array, k: jax.Array, v: jax.Array, window: int,
+    *, documents: jax.Array | None = None, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """[B, H, T, D]; float32 scores and sums. `interpret`: on a CPU, to test it."""
     # Not at the top: it takes 0.15 s, and only TPUs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -88,7 +95,11 @@ def with_splash(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    return jax.vmap(kernel)(q, k, v)[:, :, :t].astype(v.dtype)
+    segments = None
+    if documents is not None:
+        documents = jnp.pad(documents, ((0, 0), (0, -t % LANES)), mode="edge")
+        segments = splash.SegmentIds(documents, documents)
+    return jax.vmap(kernel)(q, k, v, segments)[:, :, :t].astype(v.dtype)
 
 
 LARGEST = 10 << 20

@@ -62,7 +62,9 @@ def train(
     trained = saved is not None and saved.data_fingerprint is not None
     config = resume.resolve(config, saved.config if saved and trained else None, devices[0])
     asked = runtime.compute.attention
-    kernel, why = attention.choose(config.model, runtime.compute, devices[0], train=True)
+    kernel, why = attention.choose(
+        config.model, runtime.compute, devices[0], train=True, packed=config.data.packed
+    )
     if asked not in ("auto", kernel):
         raise UserError(f"--attention {asked} does not fit here: {why}")
     if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
@@ -107,6 +109,9 @@ def open_data(
     Raises:
         UserError: there is no such text or set, or it does not fit the model.
     """
+    if tokenizer or not config.data.dir:
+        ends = tokenizer.eot is not None if tokenizer else config.data.tokenizer != "char"
+        _check_packing(config, config.data.tokenizer, ends)
     if config.data.dir:
         folder = files.path(config.data.dir)
     else:
@@ -124,6 +129,7 @@ def open_data(
             if not folder.exists():  # else another process of this run was faster
                 raise
     dataset = token_files.load(folder)
+    _check_packing(config, dataset.tokenizer.kind, dataset.tokenizer.eot is not None)
     if config.data.mix and [name for name, _ in dataset.parts] != config.data.sources:
         raise UserError(
             f"{folder} (data.dir) is no mix of {' and '.join(map(str, config.data.sources))}"
@@ -160,6 +166,15 @@ def open_data(
     model = config.model.replace(vocab_size=n_vocab)
     data = config.data.replace(dir=str(folder if files.is_remote(folder) else folder.absolute()))
     return config.replace(model=model, data=data), dataset
+
+
+def _check_packing(config: TrainConfig, kind: str, ends: bool) -> None:
+    """`ends`: whether that kind of tokenizer ends documents by a token."""
+    if config.data.packed and not ends:
+        raise UserError(
+            "data.pack documents needs a tokenizer with an end-of-text token, such as gpt2 or bpe;"
+            f" {kind} has none"
+        )
 
 
 def _lock(run_dir: Path, config: TrainConfig, runtime: RuntimeConfig, dataset: Dataset) -> RunLock:

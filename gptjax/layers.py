@@ -31,6 +31,13 @@ def sinusoids(block_size: int, n_embd: int) -> np.ndarray:
     return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(block_size, n_embd).astype("f4")
 
 
+def document_positions(tokens: jax.Array, eot: int) -> jax.Array:
+    """int32 [B, T]: each token's position in its document. The end-of-text token that separates two
+    documents counts as the beginning of the second, whose first token it predicts."""
+    number = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    return number - jax.lax.cummax(jnp.where(tokens == eot, number, 0), axis=1)
+
+
 def activate(x: jax.Array, name: Activation) -> jax.Array:
     """GELU is x times the normal distribution function (Hendrycks & Gimpel, arXiv:1606.08415), or
     GPT-2's approximation of it by tanh; computed in float32, as PyTorch does. SiLU is x times the

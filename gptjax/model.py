@@ -35,6 +35,9 @@ class Call(NamedTuple):
     """int32 [B]: the sequences' numbers in the global batch, on which their dropout depends."""
     start: jax.Array
     """int32 []: position of the first token; those before it are in the cache."""
+    positions: jax.Array | None = None
+    """int32 [B, T]: each token's position in its document, of which it sees that many tokens before
+    itself, and none before; None: the sequence is one."""
     only: jax.Array | None = None
     """int32 []: the one token of the T whose output is wanted; None: all."""
 
@@ -67,13 +70,18 @@ class CausalSelfAttention(Part):
             q = (q * own.query_scale).astype(q.dtype)
         kernel = self.compute.attention
         reach = own.window if "banded" in config.attention_pattern else None
+        documents = None
+        if call.positions is not None:
+            length = call.positions + 1
+            reach = length if reach is None else jnp.minimum(reach, length)
+            documents = jnp.arange(length.shape[1]) - call.positions  # where each begins
         if kernel in ("blocks", "cudnn", "splash") and cache is None and call.only is None:
             keys = Dropout(config.dropout, self.train).keys(call.rows)
             if kernel == "blocks":
                 y = attend_in_blocks(q, k, v, reach, keys, config.dropout)
             else:
                 y = flash_attention.attend(
-                    kernel, q, k, v, own.window, config.windows, keys, config.dropout
+                    kernel, q, k, v, own.window, config.windows, keys, config.dropout, documents
                 )
         else:
             k, v, cache = append(cache, k, v, call.start)
@@ -132,6 +140,7 @@ class GPT(Part):
         cache: Cache | None = None,
         rows: jax.Array | None = None,
         logits_at: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         """See `features`."""
         config = self.config
@@ -147,10 +156,11 @@ class GPT(Part):
             assert config.position == "sinusoidal", config.position
             wpe = jnp.asarray(sinusoids(config.block_size, config.n_embd))
         start = jnp.zeros((), jnp.int32) if cache is None else cache.length
-        call = Call(jnp.arange(b) if rows is None else rows, start)
+        assert positions is None or cache is None, "what is cached is one document"
+        call = Call(jnp.arange(b) if rows is None else rows, start, positions)
 
-        positions = jax.lax.dynamic_slice_in_dim(wpe, start, t)
-        x = self.dropout((wte[tokens] + positions).astype(dtype), call.rows)  # [B, T, C]
+        at = jax.lax.dynamic_slice_in_dim(wpe, start, t) if positions is None else wpe[positions]
+        x = self.dropout((wte[tokens] + at).astype(dtype), call.rows)  # [B, T, C]
         if config.n_layer:
             # XLA's CPU matmuls are much faster on two axes than on three.
             x, cache = self.blocks(x.reshape(b * t, config.n_embd), call, cache, logits_at)
@@ -217,6 +227,7 @@ def features(
     dropout_key: jax.Array | None = None,
     rows: jax.Array | None = None,
     logits_at: jax.Array | None = None,
+    positions: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Cache | None]:
     """As `apply`, with ([B, T, C], the head's matrix [V or more, C]) in place of their product."""
     gather_block = None
@@ -235,7 +246,9 @@ def features(
 
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     gpt = GPT(config, compute, bool(rngs), "h_0" not in params, gather_block)
-    return gpt.apply({"params": params}, tokens, cache, rows, logits_at, rngs=rngs)  # type: ignore
+    return gpt.apply(  # type: ignore
+        {"params": params}, tokens, cache, rows, logits_at, positions, rngs=rngs
+    )
 
 
 def apply(
@@ -254,6 +267,8 @@ def apply(
         dropout_key: given in training; the mask follows from it and from `rows`.
         rows: int32 [B]: the sequences' numbers in the global batch; None: 0 ... B - 1.
         logits_at: int32 []; only this position's logits are computed, as [B, 1, V].
+        positions: int32 [B, T], where a sequence holds several documents that must not see each
+            other: each token's position in its own (`layers.document_positions`). Not with a cache.
 
     Returns:
         float32 logits [B, T, V]; and the cache with these T tokens, or None without one.

@@ -40,7 +40,7 @@ def leaf(tree: Any) -> str | None:
 
 def explain(
     params: Any, windows: np.ndarray, rows: np.ndarray, size: int, step: int,
-    config: TrainConfig, compute: ComputeConfig,
+    config: TrainConfig, compute: ComputeConfig, eot: int | None = None,
 ) -> str:  # fmt: skip
     """Why a training step was not finite, in words.
 
@@ -49,6 +49,7 @@ def explain(
         windows: int32 [B, T + 1], with `rows` [B], their numbers in the global batch.
         size: windows at a time.
         step: steps done before it.
+        eot: as of `train_step.loss`.
     """
     if name := leaf(params):
         return f"the update of step {step} made {name} so"
@@ -56,7 +57,7 @@ def explain(
 
     def gradients(params: Any, windows: Any, rows: Any) -> Any:
         return jax.value_and_grad(train_step.loss)(
-            params, windows, config.model, compute, key, rows
+            params, windows, config.model, compute, key, rows, eot
         )
 
     total: Any = 0.0, jax.tree.map(np.zeros_like, params)

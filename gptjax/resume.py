@@ -125,7 +125,7 @@ def conflicts(saved: CheckpointMetadata, config: TrainConfig, fingerprint: str) 
     compared = [
         name for name in old
         if name not in ("max_steps", "init_from")
-        and (name == "data.mix" or not name.startswith("data."))
+        and (name in ("data.mix", "data.pack") or not name.startswith("data."))
     ]  # fmt: skip
     out = [
         f"{name}: {old[name]!r} in the run, {new[name]!r} now"
@@ -268,7 +268,8 @@ def _notes(saved: CheckpointMetadata, config: TrainConfig, runtime: RuntimeConfi
     if saved.config.model.dtype != "auto" and config.model.dtype != here:
         out.append(f"note: the run computes in {config.model.dtype}, as it began; here a new one"
                    f" would in {here}")  # fmt: skip
-    kernel, why = attention.choose(config.model, runtime.compute, train=True)
+    packed = config.data.packed
+    kernel, why = attention.choose(config.model, runtime.compute, train=True, packed=packed)
     if saved.attention not in (None, kernel):
         out.append(
             f"note: attention is computed by {kernel} ({why}), by {saved.attention} before: the"

@@ -9,6 +9,7 @@ import optax
 
 from gptjax import head, optim, sharding
 from gptjax.config import ModelConfig, TrainConfig
+from gptjax.layers import document_positions
 from gptjax.model import Params, features, init, shared_axes
 from gptjax.runtime_config import ComputeConfig
 
@@ -64,13 +65,17 @@ def loss(
     compute: ComputeConfig = ComputeConfig(),
     dropout_key: jax.Array | None = None,
     rows: jax.Array | None = None,
+    eot: int | None = None,
 ) -> jax.Array:
     """float32 []: mean nats per target of int windows [b, T + 1]; in training, with the dropout
-    that follows from `dropout_key` and `rows` [b]."""
+    that follows from `dropout_key` and `rows` [b]. `eot`: keep apart the documents that this
+    end-of-text token separates."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
+    positions = None if eot is None else document_positions(inputs, eot)
     x, output, _ = features(
-        config, params, inputs, compute=compute, dropout_key=dropout_key, rows=rows
-    )
+        config, params, inputs, compute=compute, dropout_key=dropout_key, rows=rows,
+        positions=positions,
+    )  # fmt: skip
     return head.mean_loss(x, output, targets, config.vocab_size)
 
 
@@ -80,18 +85,20 @@ def train_step(
     config: TrainConfig,
     compute: ComputeConfig = ComputeConfig(),
     axis_name: str | tuple[str, ...] | None = None,
+    eot: int | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
     Args:
         batch: this device's share of the data.
         axis_name: the mapped axis, or axes, to average gradients over; None runs on one device.
+        eot: as of `loss`.
 
     Returns:
         The new state, and float32 scalars: `train_loss` of this batch before the update,
         `grad_norm` before clipping, and `learning_rate`.
     """
-    mean_loss, grads, shared = gradients(state, batch, config, compute, axis_name)
+    mean_loss, grads, shared = gradients(state, batch, config, compute, axis_name, eot)
     metrics = {
         "train_loss": mean_loss,
         "grad_norm": sharding.norm(grads, shared),
@@ -106,6 +113,7 @@ def gradients(
     config: TrainConfig,
     compute: ComputeConfig = ComputeConfig(),
     axis_name: str | tuple[str, ...] | None = None,
+    eot: int | None = None,
 ) -> tuple[jax.Array, Params, Any]:
     """(float32 [], the mean loss of a step's batch; its gradient; along which axes a device has
     parts of that); arguments as for `train_step`."""
@@ -113,7 +121,9 @@ def gradients(
     key = jax.random.fold_in(random_key(config.seed), state.step)
 
     def micro_step(windows: jax.Array, rows: jax.Array) -> tuple[jax.Array, Any]:
-        return jax.value_and_grad(loss)(state.params, windows, config.model, compute, key, rows)
+        return jax.value_and_grad(loss)(
+            state.params, windows, config.model, compute, key, rows, eot
+        )
 
     steps = batch.windows.shape[0]
     if steps == 1:
@@ -152,8 +162,11 @@ def eval_step(
     weights: jax.Array,
     config: ModelConfig,
     compute: ComputeConfig = ComputeConfig(),
+    eot: int | None = None,
 ) -> jax.Array:
     """float32 [b]: for each of int32 windows [b, T + 1] the weighted sum of its targets' nats;
-    weights [b, T] are 1 for targets that count, 0 for padding and context."""
-    x, output, _ = features(config, params, windows[:, :-1], compute=compute)
+    weights [b, T] are 1 for targets that count, 0 for padding and context. `eot`: as of `loss`."""
+    inputs = windows[:, :-1]
+    positions = None if eot is None else document_positions(inputs, eot)
+    x, output, _ = features(config, params, inputs, compute=compute, positions=positions)
     return (head.losses(x, output, windows[:, 1:], config.vocab_size) * weights).sum(-1)

@@ -106,19 +106,27 @@ class Trainer:
         self.stopped_by = 0
         """The signal on which all hosts stopped; 0: none."""
         self.strategy = get_strategy(runtime.strategy)
-        self.train_compute = setup.resolve_compute(config.model, runtime, train=True)
+        self.eot = dataset.tokenizer.eot if config.data.packed else None
+        """The end-of-text token, where attention keeps the documents apart that it separates."""
+        packed = config.data.packed
+        self.train_compute = setup.resolve_compute(config.model, runtime, train=True, packed=packed)
         """(how a step is computed, why attention is computed so)."""
-        self.eval_compute = setup.resolve_compute(config.model, runtime, train=False)
+        self.eval_compute = setup.resolve_compute(config.model, runtime, train=False, packed=packed)
         # The strategy makes Batches of the windows it is given, names the axis that gradients are
         # averaged over, and adds `stop`, the largest signal of all hosts, to a step's metrics.
         accumulation = runtime.gradient_accumulation_steps
         self._train_step = self.strategy.map_train_step(
-            functools.partial(train_step.train_step, config=config, compute=self.train_compute[0]),
+            functools.partial(
+                train_step.train_step, config=config, compute=self.train_compute[0], eot=self.eot
+            ),
             accumulation,
         )
         self._eval_step = self.strategy.map_eval_step(
             functools.partial(
-                train_step.eval_step, config=config.model, compute=self.eval_compute[0]
+                train_step.eval_step,
+                config=config.model,
+                compute=self.eval_compute[0],
+                eot=self.eot,
             )
         )
         mixed = zip(dataset.parts, config.data.weights, strict=True) if config.data.mix else ()
@@ -330,7 +338,7 @@ class Trainer:
         size = self.runtime.divide_batch(self.config, setup.device_count())
         try:
             return nonfinite.explain(
-                params, windows, rows, size, step - 1, self.config, self.train_compute[0]
+                params, windows, rows, size, step - 1, self.config, self.train_compute[0], self.eot
             )
         finally:
             hosts.barrier()

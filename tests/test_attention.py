@@ -57,6 +57,17 @@ def test_blocks_of_queries_change_nothing(t, window):
     np.testing.assert_allclose(ours, expected(q, k, v, 0, window or t), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("attend", [attention.attend, attention.attend_in_blocks])
+def test_queries_may_have_a_window_each(attend):
+    q, k, v = DRAW.standard_normal((3, 2, 3, 150, 4))
+    window = DRAW.integers(1, 150, (2, 150)).astype("i4")
+    start = [0] if attend is attention.attend else []
+    ours = attend(*(x.astype("f4") for x in (q, k, v)), *start, window)
+    for b, t in [(0, 0), (0, 99), (1, 70), (1, 149)]:
+        alone = expected(q[b : b + 1, :, t : t + 1], k[b : b + 1], v[b : b + 1], t, window[b, t])
+        np.testing.assert_allclose(ours[b, :, t], alone[0, :, 0], rtol=1e-4, atol=1e-5)
+
+
 def test_blocks_drop_the_weights_that_dropout_drops():
     q, k, v = DRAW.standard_normal((3, 2, 3, 150, 4)).astype("f4")
     key, rows = jax.random.key(0), np.array([3, 8])
@@ -125,6 +136,8 @@ def test_cudnn_is_chosen_only_where_it_computes_the_model(monkeypatch, changes, 
         assert kernel == ("xla" if why else "cudnn") and (why or "flash") in reason
     kernel, reason = attention.choose(config, ComputeConfig("xla"), train=train)
     assert (kernel, reason) == ("xla", "asked for")
+    kernel, reason = attention.choose(config, ComputeConfig(), train=train, packed=True)
+    assert kernel == "xla" and "cuDNN cannot keep documents apart" in reason
 
 
 def test_cudnns_window_is_used_only_when_asked_for(monkeypatch):
@@ -172,5 +185,10 @@ def test_splash_attention_is_chosen_on_tpus(changes, train, why):
     kernel, reason = attention.choose(config, ComputeConfig(), tpu, train=train)
     assert kernel == ("xla" if why else "splash") and (why or "in blocks of") in reason
     assert ("gptjax's own kernel" in reason) == (train and config.dropout > 0 and not why)
+    if not why:
+        packed, reason = attention.choose(config, ComputeConfig(), tpu, train=train, packed=True)
+        apart = "splash attention cannot keep documents apart and apply dropout"
+        drops = train and config.dropout > 0
+        assert (packed, reason == apart) == (("xla", True) if drops else ("splash", False))
     assert attention.choose(config, ComputeConfig("cudnn"), tpu, train=train)[0] == "xla"
     assert attention.choose(config, ComputeConfig("splash"), device(), train=train)[0] == "xla"

@@ -43,6 +43,19 @@ def test_splash_attention_is_the_formula_gradients_too(t, d, window):
         np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
 
 
+def test_splash_attention_keeps_documents_apart():
+    q, k, v = DRAW.standard_normal((3, 2, 2, 200, 64)).astype("f4")
+    begins = np.array([[0] * 50 + [50] * 150, [0] * 7 + [7] * 122 + [129] * 71], "i4")
+    splash = functools.partial(
+        flash_attention.with_splash, window=90, documents=begins, interpret=True
+    )
+    window = np.minimum(np.arange(200) - begins + 1, 90).astype("i4")
+    plain = functools.partial(attention.attend, start=0, window=window)
+    ours, expected = (values_and_gradients(each, q, k, v) for each in (splash, plain))
+    for x, y in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize(("t", "size"), [(1, 128), (128, 128), (256, 256), (300, 128), (1024, 512)])
 def test_blocks_are_as_large_as_divide_the_tokens(t, size):
     assert flash_attention.block(t) == size
@@ -55,10 +68,17 @@ def test_a_model_with_splash_attention_is_the_same(monkeypatch):
     config = small_models.ALL_VARIANTS["banded"]
     params = small_models.random_params(config, scale=0.5)
     tokens = DRAW.integers(0, 23, (2, 12))
+    positions = np.array([[*range(9), 0, 1, 2], range(12)], "i4")
     for unroll in (1, 2):
         compute = ComputeConfig("splash", scan_unroll=unroll)
-        ours = jax.jit(functools.partial(model.apply, config, compute=compute))(params, tokens)[0]
-        small_models.assert_close(np.asarray(ours), numpy_gpt.logits(config, params, tokens))
+        apply = jax.jit(functools.partial(model.apply, config, compute=compute))
+        ours = np.asarray(apply(params, tokens)[0])
+        small_models.assert_close(ours, numpy_gpt.logits(config, params, tokens))
+        packed = np.asarray(apply(params, tokens, positions=positions)[0])
+        small_models.assert_close(packed[1], ours[1])
+        for part in (slice(9), slice(9, 12)):
+            alone = numpy_gpt.logits(config, params, tokens[:1, part])
+            small_models.assert_close(packed[:1, part], alone)
 
 
 @pytest.fixture

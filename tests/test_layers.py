@@ -29,6 +29,12 @@ def by_tanh(x):
     return x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
+def test_positions_count_from_the_token_before_each_document():
+    tokens = np.array([[9, 5, 9, 9, 7, 7], [5, 5, 5, 9, 5, 5], [5, 5, 5, 5, 5, 5]])
+    found = layers.document_positions(tokens, 9)
+    assert found.tolist() == [[0, 1, 0, 0, 1, 2], [0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+
+
 @pytest.mark.parametrize(
     ("name", "formula"), [("gelu_erf", by_erf), ("gelu_tanh", by_tanh), ("silu", by_exp)]
 )

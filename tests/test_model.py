@@ -122,6 +122,17 @@ def test_logits_are_those_of_the_papers_formulas(name):
     assert_close(np.asarray(logits), numpy_gpt.logits(config, params, tokens))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "banded"])
+def test_documents_of_a_sequence_are_computed_as_if_alone(name):
+    config = MIXED[name]
+    params, tokens = random_params(config, scale=0.5), tokens_for(config)
+    positions = np.array([[*range(9), 0, 1, 2], [0, 0, *range(10)]], "i4")
+    logits = np.asarray(apply(config, params, tokens, positions=positions)[0])
+    for row, part in [(0, slice(9)), (0, slice(9, 12)), (1, slice(1)), (1, slice(2, 12))]:
+        alone = numpy_gpt.logits(config, params, tokens[row : row + 1, part])
+        assert_close(logits[row : row + 1, part], alone)
+
+
 def test_bfloat16_stays_near_float32_and_returns_float32():
     params, tokens = random_params(SMALL), tokens_for(SMALL)
     exact = numpy_gpt.logits(SMALL, params, tokens)

@@ -55,6 +55,22 @@ def test_the_loss_is_the_mean_over_all_targets():
     assert float(ours) == pytest.approx(numpy_gpt.nats(MODEL, params, WINDOWS).mean(), rel=1e-5)
 
 
+def test_documents_kept_apart_have_their_own_losses_and_gradients():
+    """Each with the end-of-text token before it, and with that after it as its last target."""
+    model, params = MODEL.replace(dropout=0.0), random_params(MODEL, scale=0.5)
+    eot, row = 10, np.array([3, 1, 10, 4, 4, 10, 2])
+    documents = [row[:3], row[2:6], row[5:]]
+    gradient = jax.value_and_grad(train_step.loss)
+    packed = jax.jit(lambda p: gradient(p, row[None], model, eot=eot))(params)
+    parts = [jax.jit(lambda p, x=x: gradient(p, x[None], model))(params) for x in documents]
+    count = [len(x) - 1 for x in documents]
+    expected = jax.tree.map(lambda *x: np.average(np.array(x), 0, count), *parts)
+    assert_close(packed, expected, rtol=1e-4, atol=1e-6)
+    by_row = train_step.eval_step(params, row[None], np.ones((1, 6)), model, eot=eot)
+    nats = sum(numpy_gpt.nats(model, params, x[None]).sum() for x in documents)
+    assert float(by_row[0]) == pytest.approx(nats, rel=1e-5)
+
+
 def test_eval_step_sums_the_targets_that_count():
     params = random_params(MODEL, scale=0.5)
     weights = np.random.default_rng(1).integers(0, 2, (8, 6)).astype("f4")

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import helpers
 import jax
 import numpy as np
 import numpy_gpt
@@ -15,6 +16,7 @@ from rich.console import Console
 import gptjax
 from gptjax import config_io, run_metadata
 from gptjax.checkpoint import Checkpoints
+from gptjax.config import DataConfig
 from gptjax.data import prepare, token_files
 from gptjax.errors import RunError, UserError
 
@@ -109,6 +111,41 @@ def test_save_and_eval_intervals_are_independent(tiny, train_tiny, tmp_path):
     # The training is the same, whatever is saved and evaluated.
     ours, expected = ([row["train_loss"] for row in r.rows[1:]] for r in (recorder, tiny.recorder))
     assert ours == expected
+
+
+def test_documents_kept_apart_are_so_in_training_evaluation_and_resuming(
+    tiny, train_tiny, tmp_path
+):
+    lines = helpers.TEXT.split("\n")
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
+    data = DataConfig(
+        source=str(tmp_path / "t.jsonl"), tokenizer="bpe", bpe_vocab_size=280, pack="documents",
+        dir=str(tmp_path / "set"),
+    )  # fmt: skip
+    prepare.prepare(data, tmp_path / "set", Console(quiet=True))
+    config = tiny.config.replace(data=data)
+    recorder = train_tiny(config, tmp_path / "run")
+    dataset, run = token_files.load(tmp_path / "set"), gptjax.load(tmp_path / "run", "12")
+    tokens, nats = np.asarray(dataset.val[:]).astype(int), 0.0
+    for at in range(0, len(tokens) - 1, 16):
+        window = tokens[at : at + 17]
+        begins = [0, *(np.flatnonzero(window[1:-1] == dataset.tokenizer.eot) + 1)]
+        for begin, end in zip(begins, [*(np.array(begins[1:]) + 1), 17], strict=True):
+            nats += numpy_gpt.nats(run.config, run.params, window[None, begin:end]).sum()
+    loss = nats / (len(tokens) - 1)
+    assert recorder.rows[-1]["val_loss"] == pytest.approx(loss, rel=1e-5)
+    stopped = train_tiny(config, tmp_path / "stopped", tiny_runs.Recorder(stop_after=6))
+    assert stopped.trainer.stopped_by
+    train_tiny(config, tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "run", 12)
+    with pytest.raises(UserError, match=r"data\.pack: 'documents' in the run, 'blocks' now"):
+        train_tiny(config.replace({"data.pack": "blocks"}), tmp_path / "run")
+
+
+def test_documents_cannot_be_kept_apart_where_nothing_separates_them(tiny, train_tiny, tmp_path):
+    config = tiny.config.replace({"data.pack": "documents"})
+    with pytest.raises(UserError, match="end-of-text token, such as gpt2 or bpe; char has none"):
+        train_tiny(config, tmp_path / "run")
 
 
 def test_without_validation_a_run_trains_saves_and_resumes_the_same(tiny, train_tiny, tmp_path):

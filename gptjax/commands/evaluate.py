@@ -82,8 +82,15 @@ def main(argv: list[str], prog: str) -> None:
     if given.stride and given.stride > config.block_size:
         raise UserError(f"--stride {given.stride} exceeds the block_size {config.block_size}")
     tokenizer = tokenizers.from_json(metadata.tokenizer, str(run_dir))
-    compute, _ = setup.resolve_compute(config, laid_out, train=False)
-    eval_step = functools.partial(train_step.eval_step, config=config, compute=compute)
+    # HellaSwag's texts are single documents.
+    packed = metadata.config.data.packed and not given.hellaswag
+    compute, _ = setup.resolve_compute(config, laid_out, train=False, packed=packed)
+    eval_step = functools.partial(
+        train_step.eval_step,
+        config=config,
+        compute=compute,
+        eot=tokenizer.eot if packed else None,
+    )
     params = strategy.to_devices(loaded.params)
     losses = functools.partial(strategy.map_eval_step(eval_step), params)
 

@@ -42,7 +42,10 @@ def compile_step(
     """The program of one training step, over all devices or over the given ones."""
     step = get_strategy(runtime.strategy, devices).map_train_step(
         functools.partial(
-            train_step.train_step, config=config, compute=_compute(config, runtime, devices)
+            train_step.train_step,
+            config=config,
+            compute=_compute(config, runtime, devices),
+            eot=_eot(config),
         ),
         runtime.gradient_accumulation_steps,
     )
@@ -55,7 +58,9 @@ def compile_evaluation(
     """The program that evaluates what fits in training: one micro-batch of all devices."""
     compute = _compute(config, runtime, devices, train=False)
     step = get_strategy(runtime.strategy, devices).map_eval_step(
-        functools.partial(train_step.eval_step, config=config.model, compute=compute)
+        functools.partial(
+            train_step.eval_step, config=config.model, compute=compute, eot=_eot(config)
+        )
     )
     rows = config.batch_size // runtime.gradient_accumulation_steps
     return step.compile_for(_shapes(config).params, rows, config.model.block_size + 1)
@@ -81,7 +86,7 @@ def by_kind(
 
     def left(params: Any, windows: Any, key: Any) -> Any:
         def loss(params: Any) -> jax.Array:
-            return train_step.loss(params, windows, config.model, compute, key)
+            return train_step.loss(params, windows, config.model, compute, key, eot=_eot(config))
 
         return jax.vjp(loss, params)[1]
 
@@ -107,7 +112,13 @@ def _compute(
     train: bool = True,
 ) -> ComputeConfig:  # fmt: skip
     device = devices[0] if devices else None
-    return setup.resolve_compute(config.model, runtime, device, train=train)[0]
+    packed = config.data.packed
+    return setup.resolve_compute(config.model, runtime, device, train=train, packed=packed)[0]
+
+
+def _eot(config: TrainConfig) -> int | None:
+    """Any id: it does not matter to the size of a program which one separates documents."""
+    return 0 if config.data.packed else None
 
 
 def _shapes(config: TrainConfig) -> train_step.TrainState:

@@ -105,12 +105,13 @@ def resolve_dtype(config: ModelConfig, device: jax.Device | None = None) -> Mode
 
 
 def resolve_compute(
-    config: ModelConfig, runtime: RuntimeConfig, device: jax.Device | None = None, *, train: bool
-) -> tuple[ComputeConfig, str]:
+    config: ModelConfig, runtime: RuntimeConfig, device: jax.Device | None = None,
+    *, train: bool, packed: bool = False,
+) -> tuple[ComputeConfig, str]:  # fmt: skip
     """(how the network is computed on a device (None: JAX's first), with nothing left open; why
-    attention is computed so)."""
+    attention is computed so). `packed`: as of `attention.choose`."""
     device = device or jax.devices()[0]
-    kernel, why = attention.choose(config, runtime.compute, device, train=train)
+    kernel, why = attention.choose(config, runtime.compute, device, train=train, packed=packed)
     # A TPU's compiler takes minutes for unrolled layers, and the loop reads and writes no more.
     loop = device.platform == "tpu" or runtime.strategy == "fsdp"
     compute = runtime.compute.replace(attention=kernel)

@@ -25,7 +25,9 @@ class Watch:
         axis_name = trainer.strategy.axis_name
 
         def norms(state: TrainState, batch: Batch) -> dict[str, Any]:
-            _, grads, shared = train_step.gradients(state, batch, config, compute, axis_name)
+            _, grads, shared = train_step.gradients(
+                state, batch, config, compute, axis_name, trainer.eot
+            )
             return {"parameters": sizes(state.params, shared), "gradients": sizes(grads, shared)}
 
         self._norms = trainer.strategy.map(norms, returns_state=False)

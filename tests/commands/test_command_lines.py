@@ -147,7 +147,7 @@ def folder(tmp_path_factory, cache_dir) -> Path:
         ["train", *MODEL, *SHORT, *DATA, "--run-dir", "run"],
         ["convert", "export", "run", "exported"],
     ):
-        result = call(folder, cache_dir, argv, {})
+        result = call(folder, cache_dir, argv, {}, ends=300)
         assert result.returncode == 0, result.stderr
     return folder
 

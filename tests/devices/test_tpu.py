@@ -7,7 +7,7 @@ import pytest
 from helpers import GENERATE, TRAIN, assert_one_clear_line
 
 from gptjax import config_io
-from gptjax.config import ModelConfig, TrainConfig
+from gptjax.config import DataConfig, ModelConfig, TrainConfig
 from gptjax.devices import memory, roofline, setup, topology
 from gptjax.runtime_config import ComputeConfig, RuntimeConfig
 
@@ -98,6 +98,26 @@ def test_attention_with_dropout_costs_what_it_does_without():
     )
     assert dropped.flops == pytest.approx(without.flops, rel=0.01)
     assert dropped.bytes < 1.1 * without.bytes
+
+
+def test_documents_are_kept_apart_within_the_kernel():
+    """So a step costs what it does without, and no device holds all scores of a head."""
+    plain, packed = (
+        roofline.Program(
+            memory.compile_step(
+                TrainConfig(
+                    MODEL.replace(n_layer=1, block_size=256),
+                    DataConfig(tokenizer="gpt2", pack=pack),
+                    batch_size=4,
+                ),
+                RuntimeConfig(),
+                topology.devices("v5e-1"),
+            ).as_text()
+        ).cost()
+        for pack in ("blocks", "documents")
+    )
+    assert packed.flops == pytest.approx(plain.flops, rel=0.01)
+    assert packed.bytes < 1.1 * plain.bytes
 
 
 TOO_LARGE = {("gpt2_xl", "pmap"), ("gpt3_13b", "pmap"), ("gpt3_13b", "fsdp")}
