@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import files, head, launch, model, numerics, resume, run_metadata, sampling, train_step
+from gptjax import (
+    beam_search,
+    files,
+    head,
+    launch,
+    model,
+    numerics,
+    resume,
+    run_metadata,
+    sampling,
+    train_step,
+)
 from gptjax.cache import Cache
 from gptjax.checkpoint import on_one_device
 from gptjax.config import ModelConfig, TrainConfig
@@ -123,6 +134,41 @@ class Run:
             pass
         found = [text.text for text in texts]
         return found[0] if num_samples is None else found
+
+    @numerics.standard()
+    def beam_search(
+        self,
+        prompt: Text | None = None,
+        *,
+        max_new_tokens: int = 100,
+        num_beams: int = 4,
+        length_penalty: float = 1.0,
+        ignore_end_of_text: bool = False,
+    ) -> list[tuple[float, str]]:
+        """The likeliest continuations that a beam search finds, best first, with their scores: the
+        log-probability, divided by the number of tokens to the power of `length_penalty`. They end
+        at the end-of-text token, after `max_new_tokens`, or where the block is full.
+
+        Args:
+            prompt: as of `generate`; or token ids.
+            num_beams: so many texts are kept after each token, and returned.
+
+        Raises:
+            UserError: as `generate`; or so many beams do not fit the memory.
+        """
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, num_samples=num_beams)
+        if prompt is None or isinstance(prompt, str):
+            ids = prompt_ids(self.tokenizer, prompt)
+        else:
+            ids = self._ids(prompt)[0]
+        steps = settings.max_new_tokens or self.config.block_size
+        memory.refuse_too_many(self.config, num_beams, len(ids) + steps, 1, setting="num_beams")
+        found = beam_search.search(
+            self._decoding_params, ids, steps, self.config, beams=num_beams,
+            length_penalty=length_penalty,
+            eot=None if ignore_end_of_text else self.tokenizer.eot,
+        )  # fmt: skip
+        return [(each.score, self.tokenizer.decode(each.tokens.tolist())) for each in found]
 
     @functools.cached_property
     def _decoding_params(self) -> Params:

@@ -6,6 +6,7 @@ import dataclasses
 from gptjax import console, files, program
 from gptjax.commands import flags
 from gptjax.config import DataConfig, TokenizerKind, TrainConfig
+from gptjax.errors import UserError
 from gptjax.settings import Config
 
 
@@ -13,7 +14,7 @@ from gptjax.settings import Config
 class DataFlags(Config):
     """Tokenise a text into a folder for `train --data.dir`. SOURCE is builtin, shakespeare, a file
     (.txt, .jsonl, .parquet, .arrow; also .gz, .xz, .bz2 or .zst of them), a folder, a glob, or
-    hf://OWNER/NAME:SPLIT on the Hugging Face Hub.
+    hf://OWNER/NAME:SPLIT on the Hugging Face Hub; --mix names several instead.
 
     gptjax data inspect DIR shows what is in such a folder, or in nanoGPT's or llm.c's."""
 
@@ -25,6 +26,8 @@ class DataFlags(Config):
     """Share of the text's characters, at its end, held out for validation, in [0, 1)."""
     val_source: str | None = None
     """A text of its own for validation; all of SOURCE is for training then."""
+    mix: tuple[str, ...] = ()
+    """Instead of SOURCE several texts, each with its weight: a.txt=0.7 b/=0.3."""
     end_of_text: str | None = None
     """What ends a document within a file, such as "<|endoftext|>"."""
     bpe_vocab_size: int = DataConfig.bpe_vocab_size
@@ -40,17 +43,17 @@ class DataFlags(Config):
     out: str | None = None
     """The folder to make. None: data/ and a name made from the source."""
 
-    def config(self, source: str) -> DataConfig:
+    def config(self, source: str | None) -> DataConfig:
         """The same as a run's settings."""
         return DataConfig(
             source, self.tokenizer, self.sentencepiece_vocab_size, self.val_fraction,
             end_of_text=self.end_of_text, val_source=self.val_source, text_field=self.text_field,
             bpe_vocab_size=self.bpe_vocab_size, tokenizer_file=self.tokenizer_file,
-            special_tokens=self.special_tokens,
+            special_tokens=self.special_tokens, mix=self.mix,
         )  # fmt: skip
 
     def problems(self) -> list[str]:
-        out = self.config("builtin").problems() + ["--out is empty"] * (self.out == "")
+        out = self.config(None).problems() + ["--out is empty"] * (self.out == "")
         return out + self._check_ints(1, "shard_tokens")
 
 
@@ -83,12 +86,15 @@ def main(argv: list[str], prog: str) -> None:
         for line in inspect.describe(dataset, asked.seed, asked.batch_size, asked.block_size):
             print(line, flush=True)
         return
-    named, given = flags.parse(DataFlags(), argv, prog, "SOURCE")
-    config = given.config(named[0])
+    named, given = flags.parse(DataFlags(), argv, prog, "[SOURCE]")
+    if bool(named) == bool(given.mix):
+        raise UserError(f"of what? {prog} SOURCE names one text, --mix several with their weights")
+    config = given.config(named[0] if named else None)
     from gptjax.data import prepare  # slow, and not needed to print the help
 
     output = console.make()
     with output.status("finding the text"):
         out = files.path(given.out) if given.out else prepare.default_dir(config)
     prepare.prepare(config, out, output, shard_tokens=given.shard_tokens)
-    print(f"train on it: {program.command('train', '--data.dir', out)}")
+    mix = ("--data.mix", *given.mix) if given.mix else ()
+    print(f"train on it: {program.command('train', *mix, '--data.dir', out)}")

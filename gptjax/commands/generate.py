@@ -41,6 +41,12 @@ class GenerateFlags(GenerationConfig):
     (0 to 10)."""
     rows: int = 32
     """With --prompts, --json and --logprobs: texts drawn at the same time."""
+    num_beams: int | None = None
+    """Beam search: keep so many of the likeliest texts, instead of drawing; prints the likeliest
+    --num-samples of them. It ends where the block is full."""
+    length_penalty: float = 1.0
+    """With --num-beams: texts compete by their log-probability, divided by their length to this
+    power. Above 1 longer ones gain."""
     stream: bool = False
     """Print the first sample's tokens as they come. (On if --max-new-tokens is 0.)"""
     unknown: Literal["error", "skip"] = "error"
@@ -72,9 +78,21 @@ class GenerateFlags(GenerationConfig):
                 "--stream, --sharded and --max-new-tokens 0 do not go with --prompts, --json or"
                 " --logprobs"
             )
+        drawing = {
+            "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop",
+            "overflow", "stream", "sharded", "prompts", "json", "logprobs", "dry_run",
+        }  # fmt: skip
+        if self.num_beams is not None:
+            wrong = [f"--{name.replace('_', '-')}" for name in sorted(drawing & self.given)]
+            if wrong or not self.max_new_tokens:
+                out.append(f"--num-beams does not go with {', '.join(wrong or ['endless text'])}")
+            if self.num_samples > self.num_beams:
+                out.append(f"of {self.num_beams} beams there cannot be {self.num_samples} samples")
+        if not -1e6 <= self.length_penalty <= 1e6:
+            out.append(f"length_penalty {self.length_penalty} is outside [-1e6, 1e6]")
         if not 0 <= (self.logprobs or 0) <= 10:
             out.append(f"logprobs {self.logprobs} is outside [0, 10]")
-        return out + self._check_ints(1, "rows")
+        return out + self._check_ints(1, "rows", "num_beams")
 
     @property
     def shares_rows(self) -> bool:
@@ -120,6 +138,16 @@ def main(argv: list[str], prog: str) -> None:
         share_rows(run_dir, model, encoded, given, stops)
         return
     ((prompt_text, prompt),) = encoded
+    if given.num_beams:
+        terminal.status("compiling ...")
+        found = model.beam_search(
+            prompt, max_new_tokens=given.max_new_tokens, num_beams=given.num_beams,
+            length_penalty=given.length_penalty, ignore_end_of_text=given.ignore_end_of_text,
+        )  # fmt: skip
+        terminal.status("")
+        for score, text in found[: given.num_samples]:
+            print(f"{prompt_text}{text}\n[score {score:.4f}]")
+        return
     eot = None if given.ignore_end_of_text else model.tokenizer.eot
     # Not `run.generate`: this needs no second copy of the weights, and counts the tokens.
     stream = given.stream or not given.max_new_tokens

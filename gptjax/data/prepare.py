@@ -75,6 +75,7 @@ def prepare(
         if out.exists():
             return  # another process of this run made the same set meanwhile
         raise RunError(f"cannot write {out}: {error.strerror}") from None
+    meta["source"] = " and ".join(map(str, config.sources))
     console.print(
         "prepared {characters:,} characters of {source} as {train_tokens:,} training and"
         " {val_tokens:,} validation tokens ({tokenizer}, {vocab_size:,} ids)".format(**meta)

@@ -106,13 +106,18 @@ def _merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a Hugging Face folder; None if it has no tokenizer files. UserError: they
-    are damaged, or of a kind that we cannot follow exactly."""
+    """The tokenizer of a Hugging Face folder; None if it has no tokenizer files. One of none of our
+    kinds is left to the package `tokenizers`. UserError: the files are damaged, or what they decode
+    is not the text that was encoded."""
     try:
         if (folder / "tokenizer.model").is_file():
             return _from_sentencepiece((folder / "tokenizer.model").read_bytes())
-        if (folder / "tokenizer.json").is_file():
-            return _from_hf(HfTokenizer.from_file(str(folder / "tokenizer.json")))
+        if (path := folder / "tokenizer.json").is_file():
+            content = path.read_text()
+            try:
+                return _from_hf(HfTokenizer.from_str(content))
+            except ValueError:
+                return JsonTokenizer(content)
         for vocab, merges in ("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"):
             if (folder / vocab).is_file():  # the second are OpenAI's
                 return _from_hf(_from_vocab_files(folder / vocab, folder / merges))

@@ -48,6 +48,17 @@ def test_it_prints_what_the_api_generates(moved, gptjax):
         assert samples(gptjax("generate", *argv)) == [f"now{text}\n" for text in texts]
 
 
+def test_beams_are_searched_and_the_best_printed(moved, gptjax):
+    argv = ["generate", moved, "--prompt", "now", "--max-new-tokens", 6, "--num-beams", 2, *TWO]
+    found = run.load(moved).beam_search("now", max_new_tokens=6, num_beams=2)
+    assert gptjax(*argv) == "".join(f"now{text}\n[score {score:.4f}]\n" for score, text in found)
+    assert len(found) == 2 and found[0][0] > found[1][0]
+    with pytest.raises(UserError, match="--num-beams does not go with --temperature, --top-k"):
+        gptjax(*argv, "--temperature", "0.5", "--top-k", "3")
+    with pytest.raises(UserError, match="of 1 beams there cannot be 2 samples"):
+        gptjax(*argv, "--num-beams", "1")
+
+
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_streaming_prints_the_same_text(moved, gptjax, count):
     argv = ["generate", moved, "--max-new-tokens", 12, "--prompt", "now", "--stop", "e"]

@@ -11,6 +11,7 @@ import pytest
 
 from gptjax import config_io, run
 from gptjax.commands import bench
+from gptjax.data import token_files
 from gptjax.errors import UserError
 
 
@@ -176,8 +177,15 @@ def test_data_prepares_a_text_for_training(gptjax, text_file, tmp_path):
     assert np.fromfile(tmp_path / "set" / "train.bin", "<u2").max() < 100
     with pytest.raises(UserError, match=r"val_fraction 2\.0 is outside"):
         gptjax("data", "text.txt", "--val-fraction", "2")
-    with pytest.raises(UserError, match="SOURCE missing: gptjax data SOURCE"):
-        gptjax("data")
+    for argv in ([], ["text.txt", "--mix", "text.txt=1"]):
+        with pytest.raises(UserError, match="gptjax data SOURCE names one text, --mix several"):
+            gptjax("data", *argv)
+    (tmp_path / "b.txt").write_text(helpers.TEXT)
+    mix = ["text.txt=3", "b.txt=1"]
+    out = gptjax("data", "--mix", *mix, "--out", "mixed")
+    assert out.endswith(f"train --data.mix {' '.join(mix)} --data.dir mixed\n")
+    found = token_files.load(tmp_path / "mixed")
+    assert [name for name, _ in found.parts] == ["text.txt", "b.txt"] and "None" not in out
 
 
 def test_convert_exports_and_imports_the_same_model(trained, gptjax, tmp_path):
