@@ -33,14 +33,34 @@ def logits(x: jax.Array, head: jax.Array, vocab_size: Size) -> jax.Array:
 
 def losses(x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: Size) -> jax.Array:
     """Nats of each of int targets [B, T], predicted from x [B, T, C] -> float32 [B, T]."""
+    return _of_targets(lambda *args: _losses(*args)[0], x, head, targets, vocab_size)
+
+
+def losses_and_hits(
+    x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: Size
+) -> tuple[jax.Array, jax.Array]:
+    """(`losses`, bool [B, T]: whether each target is the likeliest token)."""
+
+    def both(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _losses(logits, targets)[0], logits.argmax(-1) == targets
+
+    return _of_targets(both, x, head, targets, vocab_size)
+
+
+def _of_targets(
+    function: Any, x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: Size
+) -> Any:
+    """Arrays [B, T] of what `function(logits [R, W], targets [R])` has as arrays [R]."""
     b, t = targets.shape
     parts = _chunks(x, targets, len(head))
 
-    def chunk(_: None, part: Any) -> tuple[None, jax.Array]:
-        return None, _losses(_masked_logits(part[0], head, vocab_size), part[1])[0]
+    def chunk(_: None, part: Any) -> tuple[None, Any]:
+        return None, function(_masked_logits(part[0], head, vocab_size), part[1])
 
-    _, nats = _over_chunks(chunk, None, parts)
-    return nats.reshape(-1, b, nats.shape[1] // b).swapaxes(0, 1).reshape(b, -1)[:, :t]
+    def whole(found: jax.Array) -> jax.Array:
+        return found.reshape(-1, b, found.shape[1] // b).swapaxes(0, 1).reshape(b, -1)[:, :t]
+
+    return jax.tree.map(whole, _over_chunks(chunk, None, parts)[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -110,7 +130,7 @@ def _over_chunks(chunk: Any, first: Any, parts: Any) -> tuple[Any, Any]:
     if len(parts[0]) > 1:
         return jax.lax.scan(chunk, first, parts)
     total, found = chunk(first, jax.tree.map(lambda x: x[0], parts))
-    return total, found[None]
+    return total, jax.tree.map(lambda x: x[None], found)
 
 
 def _masked_logits(x: jax.Array, head: jax.Array, vocab_size: Size) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 from gptjax import files
@@ -24,6 +25,16 @@ class EvaluateFlags(Config):
     """With --split: where the data lie now. None: where they lay in training."""
     hellaswag: str | None = None
     """A file in HellaSwag's jsonl format."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, such as hellaswag lambada_openai wikitext. (Takes
+    pip install 'gptjax[harness]'; the texts come from the Hugging Face Hub, or see --task-data.)"""
+    task_data: tuple[str, ...] = ()
+    """TASK=PATH: a task's own data, in place of a download: a .jsonl or .parquet file with the
+    questions, or a folder with a file for each split. The fields are those of the public data."""
+    num_fewshot: int | None = None
+    """With --tasks: solved examples before each question. None: as the task has it."""
+    limit: int | None = None
+    """With --tasks: only so many questions of each."""
     stride: int | None = None
     """Tokens from one window to the next. None: block_size, so that windows do not overlap; fewer
     take longer and give tokens more context."""
@@ -41,10 +52,39 @@ class EvaluateFlags(Config):
     """How the devices hold the model, as in training. None: as the run was trained."""
 
     def problems(self) -> list[str]:
-        out = self._check_ints(1, "stride", "batch_size", "num_devices")
-        if sum(value is not None for value in (self.text, self.split, self.hellaswag)) > 1:
-            out.append("on what? --text, --split and --hellaswag exclude each other")
-        return out + [f"--{n} is empty" for n in ("text", "hellaswag") if getattr(self, n) == ""]
+        out = self._check_ints(1, "stride", "batch_size", "num_devices", "limit")
+        out += self._check_ints(0, "num_fewshot")
+        if len(self.asked()) > 1:
+            out.append(f"on what? {_listed(self.asked())} exclude each other")
+        out += [f"--{n} is empty" for n in ("text", "hellaswag") if getattr(self, n) == ""]
+        for flag, of in OF.items():
+            if getattr(self, flag) not in (None, ()) and not {*of} & {*self.asked()}:
+                name = flag.replace("_", "-")
+                out.append(f"--{name} goes with {' or '.join(f'--{each}' for each in of)}")
+        for each in self.task_data:
+            task, _, path = each.partition("=")
+            if not (task and path):
+                out.append(f"--task-data {each!r} is no task with its data: hellaswag=FILE")
+        return out
+
+    def asked(self) -> list[str]:
+        """What to evaluate on."""
+        return [name for name in WHAT if getattr(self, name) not in (None, ())]
+
+
+WHAT = "text", "split", "hellaswag", "tasks"
+OF = {
+    "data_dir": ("split",),
+    "stride": ("text", "split"),
+    "task_data": ("tasks",),
+    "num_fewshot": ("tasks",),
+    "limit": ("tasks",),
+}
+"""The flags that go with some of these only."""
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(f'--{name}' for name in names[:-1])} and --{names[-1]}"
 
 
 DEFAULTS = [EvaluateFlags()]
@@ -53,8 +93,8 @@ DEFAULTS = [EvaluateFlags()]
 def main(argv: list[str], prog: str) -> None:
     """Raises UserError, RunError."""
     named, given = flags.parse(EvaluateFlags(), argv, prog, "RUN")
-    if not (given.text or given.split or given.hellaswag):
-        raise UserError("on what? give one of --text, --split and --hellaswag")
+    if not given.asked():
+        raise UserError(f"on what? give one of {_listed(WHAT)}")
     run_dir = terminal.need_run(named[0])
     # JAX is imported when the command runs, not to print its help.
     import jax
@@ -64,6 +104,10 @@ def main(argv: list[str], prog: str) -> None:
     from gptjax.devices import setup
     from gptjax.devices.strategy import get_strategy
     from gptjax.evals import hellaswag, perplexity
+    from gptjax.run import Run
+
+    if given.tasks:
+        from gptjax.evals import harness  # optional, and slow to import
 
     newest = run_metadata.newest_metadata(run_dir)
     if newest is None:
@@ -100,7 +144,27 @@ def main(argv: list[str], prog: str) -> None:
 
     highest = "highest" if given.precision == "float32" else "default"
     with jax.default_matmul_precision(highest):
-        if given.hellaswag:
+        if given.tasks:
+            if jax.process_count() > 1:
+                raise UserError("--tasks runs on one host; start it on one alone")
+            model = Run(config, loaded.params, tokenizer, loaded.step, metadata.config)
+            report = harness.evaluate(
+                harness.HarnessModel(
+                    model,
+                    precision=given.precision,
+                    batch_size=batch_size,
+                    strategy=strategy,
+                    progress=progress,
+                ),
+                given.tasks,
+                {
+                    task: files.path(path)
+                    for task, _, path in (x.partition("=") for x in given.task_data)
+                },
+                limit=given.limit,
+                num_fewshot=given.num_fewshot,
+            ).report()
+        elif given.hellaswag:
             questions = hellaswag.read_questions(files.path(given.hellaswag), tokenizer)
             report = hellaswag.evaluate_questions(
                 losses,

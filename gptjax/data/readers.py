@@ -19,7 +19,8 @@ from gptjax.errors import UserError, quoted
 
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
-READ = (".txt", ".jsonl", ".ndjson", ".json", *TABLES)
+OBJECTS = (".jsonl", ".ndjson", ".json", *TABLES)
+READ = (".txt", *OBJECTS)
 """Endings of what is taken from a folder, compressed or not."""
 
 READ_BYTES = 1 << 20
@@ -81,6 +82,35 @@ def read(path: Path, field: str = "text") -> Iterator[Iterator[str]]:
     else:
         for text in _checked(path, readers[how](path, field)):
             yield iter([text])
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines or a JSON array, or the rows of a table, with all fields. Raises
+    UserError as `read`."""
+    if ending(path) not in OBJECTS:
+        raise UserError(f"{path} is none of {', '.join(OBJECTS)}, compressed or not")
+    empty = True
+    with _reading(path):
+        for number, row in enumerate(_objects(path), 1):
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, number {number} is not a JSON object: {quoted(row)[:80]}")
+            empty = False
+            yield row
+    if empty:
+        raise UserError(f"{path} is empty; expected objects")
+
+
+def _objects(path: Path) -> Iterator[Any]:
+    if ending(path) in TABLES:
+        yield from _table(path, "")
+        return
+    text = "".join(_decode(path))
+    if text.lstrip().startswith("["):
+        yield from files.parse_json(text, str(path))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield files.parse_json(line, f"{path}, line {number}")
 
 
 def of_row(row: Any, field: str) -> str:
@@ -184,6 +214,18 @@ def _array(path: Path, field: str) -> Iterator[str]:
 
 
 def _rows(path: Path, field: str) -> Iterator[str]:
+    for number, row in enumerate(_table(path, field), 1):
+        try:
+            text = of_row(row, field)
+        except MISSING:
+            raise UserError(
+                f"{path}, row {number} has no string `{field}`: {quoted(row)[:80]}{_other(field)}"
+            ) from None
+        yield text
+
+
+def _table(path: Path, field: str) -> Iterator[Any]:
+    """The rows; of the column that has the field alone, if there is one."""
     try:  # optional
         import pyarrow
         from pyarrow import parquet
@@ -191,18 +233,8 @@ def _rows(path: Path, field: str) -> Iterator[str]:
         raise UserError(f"reading {path} takes pyarrow: pip install 'gptjax[data]'") from None
     try:
         with _open(path) as file:
-            number = 0
             for batch in _batches(pyarrow, parquet, file, ending(path), field):
-                for row in batch.to_pylist():
-                    number += 1
-                    try:
-                        text = of_row(row, field)
-                    except MISSING:
-                        raise UserError(
-                            f"{path}, row {number} has no string `{field}`: {quoted(row)[:80]}"
-                            f"{_other(field)}"
-                        ) from None
-                    yield text
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 

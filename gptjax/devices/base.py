@@ -56,7 +56,7 @@ class Strategy(abc.ABC):
         return TrainStep(self, step, accumulation_steps)
 
     def map_eval_step(self, step: Callable[..., jax.Array]) -> "EvalStep":
-        """`step(params, windows, weights) -> float32 [b]` over all devices."""
+        """`step(params, windows, weights) -> float32 [b, ...]` over all devices."""
         return EvalStep(self, step)
 
     def signal(self, value: int) -> np.ndarray:
@@ -138,7 +138,7 @@ class EvalStep:
     def __call__(
         self, params: Any, windows: np.ndarray, weights: np.ndarray, stop: int = 0
     ) -> tuple[np.ndarray, int]:
-        """(the numbers for the rows of all hosts, the largest stop signal); waits for them.
+        """(the numbers for the rows of all hosts, flat; the largest stop signal); waits for them.
 
         `params` are in the layout for training; this host's int32 windows [R, T + 1], weights
         [R, T] and stop signal.

@@ -54,6 +54,13 @@ def test_evaluate_computes_the_mean_loss_of_a_text(trained, gptjax, tmp_path):
         (["RUN", "--split", "val", "--batch-size", "9"], "9 does not divide over 8 devices"),
         (["RUN", "--text", "nope.txt"], "no text at 'nope.txt'"),
         (["RUN", "--hellaswag", "nope.jsonl"], "cannot read nope.jsonl"),
+        (["RUN", "--text", "x", "--limit", "2"], "--limit goes with --tasks"),
+        (["RUN", "--split", "val", "--task-data", "a=b"], "--task-data goes with --tasks"),
+        (
+            ["RUN", "--tasks", "a", "--task-data", "b"],
+            "'b' is no task with its data",
+        ),
+        (["RUN", "--hellaswag", "x", "--stride", "2"], "--stride goes with --text or --split"),
         (["--split", "val"], "RUN missing: gptjax evaluate RUN"),
     ],
 )
@@ -67,6 +74,20 @@ def test_evaluate_gives_accuracies_on_hellaswag(trained, gptjax, tmp_path):
     (tmp_path / "h.jsonl").write_text(json.dumps(row))
     out = gptjax("evaluate", trained[0], "--hellaswag", "h.jsonl")
     assert number(out, "acc") in (0, 1) and number(out, "acc_norm") in (0, 1)
+
+
+def test_evaluate_runs_tasks_of_the_harness(trained, gptjax, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra harness")
+    row = {"activity_label": "summer", "ctx_a": "now is the", "ctx_b": "winter", "label": "1"}
+    row["endings"] = ["of", "of our", "made", "glorious"]
+    (tmp_path / "h.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    flags = "--tasks hellaswag --task-data hellaswag=h.jsonl --limit 2".split()
+    title, _, acc, acc_norm = gptjax("evaluate", trained[0], *flags).splitlines()
+    assert title.startswith(f"{trained[0]}, step 30, in float32, on lm-evaluation-harness ")
+    for line, metric in ((acc, "acc"), (acc_norm, "acc_norm")):
+        assert re.fullmatch(rf"hellaswag +1.0 +{metric} +[01].0000 +0.0000 +0 +2", line), line
+    with pytest.raises(UserError, match=r"no task 'hellasvag' in .*; did you mean hellaswag\?"):
+        gptjax("evaluate", trained[0], "--tasks", "hellasvag")
 
 
 def test_runs_lists_every_run_of_a_folder(trained, gptjax, tmp_path):
