@@ -1,6 +1,7 @@
 """Text to token ids and back: every kind of tokenizer behind one protocol."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
@@ -42,6 +43,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; an incomplete UTF-8 sequence becomes U+FFFD."""
 
+    def token_bytes(self) -> list[bytes]:
+        """What each id stands for, in UTF-8, of which it may be part of a character; nothing for
+        the end-of-text token and others that no text has."""
+
     def state(self) -> dict[str, Any]:
         """Everything it consists of, as JSON values; `from_state` rebuilds it without a network."""
 
@@ -78,6 +83,9 @@ class CharTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[i] for i in ids)
+
+    def token_bytes(self) -> list[bytes]:
+        return [character.encode("utf-8", "surrogatepass") for character in self.characters]
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "characters": self.characters}
@@ -145,6 +153,9 @@ class Gpt2Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(list(map(int, ids)))
+
+    def token_bytes(self) -> list[bytes]:
+        return [*self.pieces, b"", *(token.encode() for token in self.added)]
 
     def state(self) -> dict[str, Any]:
         pieces = " ".join(base64.b64encode(piece).decode() for piece in self.pieces)
@@ -228,6 +239,26 @@ class JsonTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=False)
+
+    def token_bytes(self) -> list[bytes]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        decoder = json.loads(self.content)["decoder"] or {}
+        parts = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
+
+        def of(id_: int) -> bytes:
+            spelled = self._tokenizer.id_to_token(id_)
+            if spelled is None or id_ == self.eot:
+                return b""
+            if id_ in added:
+                return added[id_].content.encode()
+            if "ByteLevel" in parts:
+                with contextlib.suppress(KeyError):
+                    return byte_spelling.to_bytes(spelled)
+            if "ByteFallback" in parts and re.fullmatch("<0x[0-9A-F]{2}>", spelled):
+                return bytes.fromhex(spelled[3:5])
+            return self.decode([id_]).encode()
+
+        return list(map(of, range(self.n_vocab)))
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "content": self.content}
@@ -332,6 +363,17 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode(list(map(int, ids)))
+
+    def token_bytes(self) -> list[bytes]:
+        def of(id_: int) -> bytes:
+            match self.kind_of(id_):
+                case "control":
+                    return b""
+                case "byte":
+                    return bytes.fromhex(self.piece(id_)[3:5])
+            return self.decode([id_]).encode()
+
+        return list(map(of, range(self.n_vocab)))
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "model": base64.b64encode(self.model).decode()}

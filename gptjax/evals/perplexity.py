@@ -19,8 +19,8 @@ from gptjax.devices import hosts
 from gptjax.errors import UserError
 from gptjax.evaluation import Losses, window_loss
 
-DECODED = 1 << 20
-"""Tokens that are decoded at a time, to count characters."""
+READ = 1 << 20
+"""Tokens that are read at a time, to count what they spell."""
 
 
 class Text(NamedTuple):
@@ -30,9 +30,9 @@ class Text(NamedTuple):
     tokens: Tokens
     """int [n]."""
     characters: int
-    """Of what is predicted."""
+    """Those that begin in a predicted token."""
     bytes: int
-    """The same in UTF-8."""
+    """Of the predicted tokens, in UTF-8."""
     digest: str
     """Of the tokens."""
 
@@ -94,29 +94,20 @@ def read_split(
 
 
 def _text(name: str, tokens: Tokens, tokenizer: Tokenizer, digest: str) -> Text:
-    """The first token is not predicted; nor is its text, unless it ends within a character."""
-    (characters, size), first = text_size(tokens, tokenizer), _decode(tokens[:1], tokenizer)
-    if not first.endswith("\ufffd"):
-        characters, size = characters - len(first), size - len(first.encode())
-    return Text(name, tokens, characters, size, digest)
+    """The first token is not predicted; nor are its bytes, or a character that it begins."""
+    return Text(name, tokens, *text_size(tokens, tokenizer, start=1), digest)
 
 
-def text_size(tokens: Tokens, tokenizer: Tokenizer) -> tuple[int, int]:
-    """(characters, UTF-8 bytes) of the text that `tokens` spell, without end-of-text tokens."""
-    characters = size = start = 0
-    while start < len(tokens):
-        end = start + DECODED
-        text = _decode(tokens[start:end], tokenizer)
-        # A character's bytes may be spread over several tokens: do not cut between them.
-        while text.endswith("\ufffd") and end < min(len(tokens), start + DECODED + 9):
-            end += 1
-            text = _decode(tokens[start:end], tokenizer)
-        characters, size, start = characters + len(text), size + len(text.encode()), end
+def text_size(tokens: Tokens, tokenizer: Tokenizer, start: int = 0) -> tuple[int, int]:
+    """(characters that begin in them, UTF-8 bytes) of the tokens from `start` on."""
+    spelled = tokenizer.token_bytes()
+    # A character has one byte that is not of the form 10xxxxxx, its first.
+    counts = np.array([(sum(b & 0xC0 != 0x80 for b in own), len(own)) for own in spelled])
+    total = np.zeros(2, np.int64)
+    for at in range(start, len(tokens), READ):
+        total += counts[tokens[at : at + READ]].sum(0)
+    characters, size = total.tolist()
     return characters, size
-
-
-def _decode(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(tokens[tokens != tokenizer.eot].tolist())
 
 
 def evaluate_text(
@@ -138,7 +129,7 @@ def evaluate_text(
         raise UserError("the hosts have different texts or settings; start the same on all of them")
     windows = windows_over(len(text.tokens), config.block_size, stride=stride)
     if not windows or not text.characters:
-        raise UserError("the text is one token; there is nothing to predict in it")
+        raise UserError("the text is one token, or one character; nothing of it is left to predict")
     total = window_loss(losses, text.tokens, windows, config, batch_size, progress)
     assert total is not None, "only a stop signal ends it early"
     nats, count = total

@@ -229,6 +229,38 @@ KEYS = st.sampled_from(["kind", "characters", "pieces", "model"])
 VALUES = st.sampled_from(["char", "gpt2", "sentencepiece", "", "A A", "zz", 3, None])
 
 
+def _fallback_json():
+    """Characters, and bytes for those it does not know."""
+    ids = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, " ": 257, "é": 258}
+    own = hf.Tokenizer(hf.models.BPE(ids, [], byte_fallback=True))
+    own.pre_tokenizer = hf.pre_tokenizers.Split("", "isolated")
+    own.decoder = hf.decoders.Sequence([hf.decoders.ByteFallback(), hf.decoders.Fuse()])
+    own.add_special_tokens(["<eos>"])
+    return own.to_str()
+
+
+@given(st.text())
+@example("\u2581 \0a\U0001f9d1\u200d\U0001f680 \ufffd é")
+def test_the_bytes_of_the_tokens_are_those_of_the_text(every_kind, text):
+    for tokenizer in every_kind:
+        known = text
+        if tokenizer.kind == "char":
+            known = tokenizer.decode(tokenizer.encode(text, skip_unknown=True))
+        for mark in ("</s>", "<eos>"):  # there a token that ends a text
+            known = known.replace(mark, "")
+        spelled = tokenizer.token_bytes()
+        assert b"".join(spelled[i] for i in tokenizer.encode(known)) == known.encode()
+        assert len(spelled) == tokenizer.n_vocab
+        assert tokenizer.eot is None or spelled[tokenizer.eot] == b""
+
+
+@pytest.fixture(scope="module")
+def every_kind(byte_pairs, sentence_pieces, own_file):
+    special = tokenizers.BpeTokenizer.train([TEXT], 300, ["<|u|>", "é"])
+    files = [tokenizers.JsonTokenizer(content) for content in (own_file, _fallback_json())]
+    return [CharTokenizer("ab é\ufffd\U0001f680"), byte_pairs, special, sentence_pieces, *files]
+
+
 @given(st.text() | st.dictionaries(KEYS, VALUES).map(json.dumps))
 @example('{"kind": "gpt2", "pieces": "YQ== YQ=="}')
 @example('{"kind": "sentencepiece", "model": "AAAA"}')

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from gptjax import model
 from gptjax.config import DataConfig, ModelConfig
 from gptjax.data import token_files
 from gptjax.data.prepare import prepare
-from gptjax.data.tokenizers import CharTokenizer
+from gptjax.data.tokenizers import BpeTokenizer, CharTokenizer, SentencePieceTokenizer
 from gptjax.devices import hosts
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import UserError
@@ -114,22 +115,38 @@ class Bytes:
     def encode(self, text):
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
+    def token_bytes(self):
+        return [b"", *(bytes([byte]) for byte in range(1, 256))]
 
 
 @pytest.mark.parametrize("at_a_time", [1, 2, 3, 100])
 def test_a_character_of_several_tokens_is_counted_once(monkeypatch, at_a_time):
-    monkeypatch.setattr(perplexity, "DECODED", at_a_time)
+    monkeypatch.setattr(perplexity, "READ", at_a_time)
     tokens = np.frombuffer("né\0日本\0x".encode(), np.uint8)
     assert perplexity.text_size(tokens, Bytes()) == (5, 10)
 
 
-def test_half_a_character_at_the_start_is_predicted_whole(tmp_path):
-    """As no byte of it can be told from the first token."""
-    for content, size in (("éa", (2, 3)), ("aé", (1, 2))):
+def test_what_the_first_token_begins_does_not_count(tmp_path):
+    """It is not predicted; of the bytes that follow in its character it tells nothing."""
+    for content, size in (("éa", (1, 2)), ("aé", (1, 2)), ("日本", (1, 5))):
         (tmp_path / "t.txt").write_text(content)
         assert read_text(str(tmp_path / "t.txt"), Bytes())[2:4] == size
+
+
+def test_bytes_are_those_of_the_text_without_the_first_token(tmp_path):
+    """An emoji is several tokens; a U+FFFD of the text is three bytes as any other character."""
+    text = "Größe \U0001f600\U0001f9d1\u200d\U0001f680 \ufffd 日本語 naïve\n" * 3
+    (tmp_path / "t.txt").write_text(text)
+    for tokenizer in (
+        CharTokenizer("".join(sorted({*text}))),
+        BpeTokenizer.train([helpers.TEXT], 300),
+        SentencePieceTokenizer.train([helpers.TEXT], 400),
+    ):
+        read = read_text(str(tmp_path / "t.txt"), tokenizer)
+        first = tokenizer.token_bytes()[read.tokens[0]]
+        assert first and text.encode().startswith(first)
+        assert read.bytes == len(text.encode()) - len(first)
+        assert read.characters == len(text) - 1
 
 
 def test_documents_are_joined_by_the_end_of_text_token(tmp_path):
