@@ -84,33 +84,34 @@ def read(path: Path, field: str = "text") -> Iterator[Iterator[str]]:
             yield iter([text])
 
 
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines or a JSON array, or the rows of a table, with all fields. Raises
-    UserError as `read`."""
-    if ending(path) not in OBJECTS:
-        raise UserError(f"{path} is none of {', '.join(OBJECTS)}, compressed or not")
+def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it is, an object with all its fields) of each line or item of JSON, or row of a table.
+    Raises UserError as `read`."""
     empty = True
     with _reading(path):
-        for number, row in enumerate(_objects(path), 1):
+        for where, row in _objects(path):
             if not isinstance(row, dict):
-                raise UserError(f"{path}, number {number} is not a JSON object: {quoted(row)[:80]}")
+                raise UserError(f"{where} is not a JSON object: {quoted(row)[:80]}")
             empty = False
-            yield row
+            yield where, row
     if empty:
-        raise UserError(f"{path} is empty; expected objects")
+        raise UserError(f"{path} is empty; expected one JSON object a line")
 
 
-def _objects(path: Path) -> Iterator[Any]:
+def _objects(path: Path) -> Iterator[tuple[str, Any]]:
     if ending(path) in TABLES:
-        yield from _table(path, "")
+        for number, row in enumerate(_table(path, ""), 1):
+            yield f"{path}, row {number}", row
         return
     text = "".join(_decode(path))
     if text.lstrip().startswith("["):
-        yield from files.parse_json(text, str(path))
+        for number, item in enumerate(files.parse_json(text, str(path)), 1):
+            yield f"{path}, item {number}", item
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield files.parse_json(line, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            yield where, files.parse_json(line, where)
 
 
 def of_row(row: Any, field: str) -> str:

@@ -65,15 +65,18 @@ def score(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(float64 [n]: nats of each continuation after its context, bool [n]: whether each of its
     tokens is the likeliest one). A context that does not fit the block together with what follows
-    loses its beginning.
+    loses its beginning. All hosts call this with the same arguments.
 
     Args:
         batch_size: texts at a time, over all devices.
         progress: told how many of how many are done.
 
-    UserError: a continuation alone does not fit the block.
+    UserError: a continuation alone does not fit the block, or the hosts have different texts.
     """
     size = config.block_size
+    ids = [[np.asarray(part).tolist() for part in text] for text in texts]
+    if not hosts.all_equal(f"{ids} {batch_size}"):
+        raise UserError("the hosts have different texts or settings; start the same on all of them")
     if too_long := [len(text.tokens) for text in texts if len(text.tokens) > size]:
         raise UserError(
             f"{len(too_long)} of {len(texts)} continuations are longer than the model's block_size"

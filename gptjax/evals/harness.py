@@ -314,7 +314,7 @@ class _Splits(dict[str, Any]):
                 raise UserError(
                     f"{self._path} has no file of the {split} split, such as {split}.jsonl"
                 )
-        rows = [row for path in paths for row in readers.rows(path)]
+        rows = [row for path in paths for _, row in readers.rows(path)]
         try:
             self[split] = datasets.Dataset.from_list(rows)
         except Exception as error:  # of pyarrow, for fields that differ

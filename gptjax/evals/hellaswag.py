@@ -1,139 +1,145 @@
-"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings follows a context?"""
+"""HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings follows a context?
 
-import json
+Two ways to ask are in use, whose numbers differ. "completion" is build-nanogpt's: the texts as they
+are. "harness" is that of lm-evaluation-harness, which papers and leaderboards cite: the activity
+before the context, and WikiHow's marks taken out.
+"""
+
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gptjax import files
 from gptjax.config import ModelConfig
+from gptjax.data import readers
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.devices import hosts
 from gptjax.errors import UserError
-from gptjax.evaluation import Losses
-from gptjax.sampling import bucket
+from gptjax.evals import continuations
+from gptjax.evals.continuations import Continuation, Scores
+
+Style = Literal["completion", "harness"]
 
 ENDINGS = 4
 
+FIELDS = {
+    "completion": "`ctx`, four `endings` and a `label` from 0 to 3",
+    "harness": "`activity_label`, `ctx_a`, `ctx_b`, four `endings` and a `label` from 0 to 3",
+}
+
+PER = {
+    "completion": {"acc_norm": "token"},
+    "harness": {"acc_norm": "character", "acc_bytes": "byte"},
+}
+"""{metric: of which the likelihood of an ending is taken}. The harness's acc_norm is by characters,
+though it is often said to be by bytes; endings that are not all ASCII tell."""
+
 
 class Question(NamedTuple):
-    """One context to finish: int32 tokens, and which ending is the right one."""
+    """Which of four texts is the likeliest after its context (the same for all)?"""
 
-    context: np.ndarray
-    endings: tuple[np.ndarray, ...]
+    endings: tuple[Continuation, ...]
+    sizes: dict[str, tuple[int, ...]]
+    """{metric: of each ending what `PER` says}."""
     label: int
+    """The number of the right one."""
 
 
 class HellaSwagResult(NamedTuple):
-    """What `evaluate_questions` measured."""
+    """What `evaluate_questions` measured: shares of questions whose likeliest ending is right."""
 
     description: str
+    style: Style
     acc: float
-    """Share of questions whose likeliest ending is the right one."""
+    """By the likelihood of the whole ending."""
     acc_norm: float
-    """The same by likelihood per token of the ending."""
+    """By likelihood per token (completion) or per character (harness)."""
+    acc_bytes: float | None
+    """By likelihood per byte (harness)."""
 
     def report(self) -> str:
         """What was evaluated, and a line for each number."""
-        return (
-            f"{self.description}\nacc                 {self.acc:.4f}\n"
-            f"acc_norm            {self.acc_norm:.4f}  (by likelihood per token of the ending)"
-        )
+        lines = [self.description, f"acc                 {self.acc:.4f}"]
+        for metric, unit in PER[self.style].items():
+            value = getattr(self, metric)
+            lines.append(f"{metric:19} {value:.4f}  (by likelihood per {unit} of the ending)")
+        return "\n".join(lines)
 
 
-def read_questions(path: Path, tokenizer: Tokenizer) -> list[Question]:
-    """The questions of a file in the public jsonl format: `ctx`, four `endings` and a `label`.
-
-    Context and ending are encoded separately; the space between them belongs to the ending.
-    UserError: the file cannot be read, a line is not of that form, or has characters that the
-    tokenizer does not know.
-    """
+def read_questions(path: Path, tokenizer: Tokenizer, style: Style = "completion") -> list[Question]:
+    """The questions of a file with the fields of the public one, as JSON lines or a table.
+    UserError: it cannot be read, an object has not these fields, or has characters that the
+    tokenizer does not know."""
     questions = []
-    for number, line in enumerate(files.read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for where, row in readers.rows(path):
         try:
-            row = json.loads(line)
-            context, endings, label = row["ctx"], row["endings"], int(str(row["label"]))
-            four = isinstance(endings, list) and len(endings) == ENDINGS
-            if not (context and four and 0 <= label < ENDINGS):
+            endings, label = row["endings"], int(str(row["label"]))
+            if not (isinstance(endings, list) and len(endings) == ENDINGS and 0 <= label < ENDINGS):
                 raise ValueError
-            encoded = tuple(tokenizer.encode(" " + ending) for ending in endings)
-            questions.append(Question(tokenizer.encode(context), encoded, label))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"{path}, line {number} is not a HellaSwag question: expected `ctx`, four"
-                " `endings` and a `label` from 0 to 3"
-            ) from None
+            ask = _completion if style == "completion" else _harness
+            questions.append(ask(row, endings, label, tokenizer))
         except UserError as error:
-            raise UserError(f"{path}, line {number}: {error}") from None
-    if not questions:
-        raise UserError(f"{path} is empty; expected one JSON object a line")
+            raise UserError(f"{where}: {error}") from None
+        except readers.MISSING:
+            raise UserError(
+                f"{where} is not a HellaSwag question: expected {FIELDS[style]}"
+            ) from None
     return questions
 
 
+def _completion(row: Any, endings: list[str], label: int, tokenizer: Tokenizer) -> Question:
+    """Context and ending are encoded apart; the space between them belongs to the ending."""
+    context = tokenizer.encode(readers.of_row(row, "ctx"))
+    if not len(context):
+        raise ValueError
+    texts = tuple(Continuation(context, tokenizer.encode(" " + ending)) for ending in endings)
+    return Question(texts, {"acc_norm": tuple(len(text.tokens) for text in texts)}, label)
+
+
+def _harness(row: Any, endings: list[str], label: int, tokenizer: Tokenizer) -> Question:
+    """Context and ending are encoded as one text."""
+    activity, first, second = (readers.of_row(row, x) for x in ("activity_label", "ctx_a", "ctx_b"))
+    # `capitalize` also makes all other letters small.
+    context = _clean(f"{activity}: {first} {second.capitalize()}")
+    cleaned = [_clean(ending) for ending in endings]
+    texts = tuple(continuations.encode(tokenizer, context, " " + ending) for ending in cleaned)
+    sizes = {
+        "acc_norm": tuple(max(1, len(ending)) for ending in cleaned),
+        "acc_bytes": tuple(max(1, len(ending.encode("utf-8", "replace"))) for ending in cleaned),
+    }
+    return Question(texts, sizes, label)
+
+
+def _clean(text: str) -> str:
+    """Without the marks of WikiHow's pages: " [title]" ends a sentence, the others are dropped."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[[^\]\n]*\]", "", text).replace("  ", " ")
+
+
 def evaluate_questions(
-    losses: Losses, questions: list[Question], config: ModelConfig, *, name: str, batch_size: int,
+    scores: Scores, questions: list[Question], config: ModelConfig, *, name: str, batch_size: int,
+    style: Style = "completion",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HellaSwagResult:  # fmt: skip
     """Accuracy on `questions`, which the report calls `name`. All hosts call this with the same
-    arguments; for the others see `ending_losses`. UserError: an ending does not fit the block, or
-    the hosts have different questions."""
-    tokens = [[part.tolist() for part in (q.context, *q.endings)] + [q.label] for q in questions]
-    if not hosts.all_equal(f"{tokens} {batch_size}"):
-        raise UserError("the hosts have different questions or settings; start the same on all")
-    nats = ending_losses(losses, questions, config, batch_size=batch_size, progress=progress)
-    return HellaSwagResult(f"{name}: {len(questions):,} questions", *accuracies(nats, questions))
+    arguments; for the others see `continuations.score`. UserError: an ending does not fit the
+    block, or the hosts have different questions."""
+    texts = [text for question in questions for text in question.endings]
+    nats, _ = continuations.score(scores, texts, config, batch_size=batch_size, progress=progress)
+    found = accuracies(nats.reshape(-1, ENDINGS), questions)
+    described = f"{name}: {len(questions):,} questions in the {style} style"
+    return HellaSwagResult(
+        described, style, found["acc"], found["acc_norm"], found.get("acc_bytes")
+    )
 
 
-def ending_losses(
-    losses: Losses, questions: list[Question], config: ModelConfig, *, batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> np.ndarray:  # fmt: skip
-    """float64 [questions, 4]: nats of each ending after its context. A context that does not fit
-    the block together with the ending loses its beginning.
-
-    Args:
-        losses: the evaluation step over all devices, with its parameters.
-        batch_size: endings at a time, over all devices.
-        progress: told how many endings of how many are done.
-
-    UserError: an ending alone does not fit the block.
-    """
-    size = config.block_size
-    if too_long := [len(e) for q in questions for e in q.endings if len(e) > size]:
-        raise UserError(
-            f"{len(too_long)} endings are longer than the model's block_size {size}"
-            f" (the longest has {max(too_long)} tokens)"
-        )
-    texts = [(q.context, ending) for q in questions for ending in q.endings]
-    # Texts of similar length together, for little padding.
-    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
-    ours = hosts.host_rows(batch_size)
-    nats = np.zeros(len(texts))
-    for done in range(0, len(order), batch_size):
-        chosen = order[done : done + batch_size]
-        parts = [np.concatenate(texts[i])[-size - 1 :] for i in chosen]
-        length = bucket(max(map(len, parts)) - 1, size)
-        batch, weights = (
-            np.zeros((batch_size, length + 1), "i4"),
-            np.zeros((batch_size, length), "f4"),
-        )
-        for row, (i, part) in enumerate(zip(chosen, parts, strict=True)):
-            batch[row, : len(part)] = part
-            # Those that predict the ending; its first token needs one before it.
-            weights[row, max(0, len(part) - len(texts[i][1]) - 1) : len(part) - 1] = 1
-        sums, _ = losses(batch[ours], weights[ours])
-        nats[chosen] = sums[: len(chosen)]
-        progress(min(done + batch_size, len(order)), len(order))
-    return nats.reshape(len(questions), ENDINGS)
-
-
-def accuracies(losses: np.ndarray, questions: list[Question]) -> tuple[float, float]:
-    """(acc, acc_norm) of `ending_losses`, see `HellaSwagResult`."""
-    labels = np.array([q.label for q in questions])
-    lengths = np.array([[len(ending) for ending in q.endings] for q in questions])
-    total, per_token = losses.argmin(-1), (losses / lengths).argmin(-1)
-    return float((total == labels).mean()), float((per_token == labels).mean())
+def accuracies(nats: np.ndarray, questions: list[Question]) -> dict[str, float]:
+    """Of the nats [questions, 4] of the endings, see `HellaSwagResult`."""
+    labels = np.array([question.label for question in questions])
+    sizes = {"acc": np.ones_like(nats)}
+    for metric in questions[0].sizes:
+        sizes[metric] = np.array([question.sizes[metric] for question in questions])
+    return {
+        metric: float(((nats / size).argmin(-1) == labels).mean()) for metric, size in sizes.items()
+    }

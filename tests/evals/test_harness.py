@@ -16,6 +16,7 @@ from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import BpeTokenizer, CharTokenizer
 from gptjax.devices.strategy import get_strategy
 from gptjax.errors import UserError
+from gptjax.evals import hellaswag, lambada
 from gptjax.run import Run
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra harness")
@@ -41,7 +42,6 @@ LAMBADA = [
     {"text": "She opened the door and saw her old friend Marcus"},
     {"text": "a word " * 60 + "end"},
     {"text": "Good day\n\nsaid the fox  quietly."},
-    {"text": "alone"},  # nothing precedes the word
 ]
 WIKITEXT = [
     {"page": " = Tower = \n \n It is 300 @.@ 5 metres ( tall ) . " + "People climb it . " * 30},
@@ -112,6 +112,7 @@ def test_the_likeliest_continuation_is_greedy(run, ours):
     assert [greedy for _, greedy in found] == [True, False]
 
 
+@pytest.mark.slow
 def test_what_is_generated_is_the_greedy_continuation(run, ours):
     long = TEXT[:300]
     asked = [
@@ -175,6 +176,18 @@ def test_the_report_has_a_line_for_each_number(ours, files):
     assert rows["wikitext", "bits_per_byte"][4] == "-"
 
 
+def test_our_own_hellaswag_and_lambada_have_the_same_numbers(run, ours, files):
+    del files["wikitext"]
+    expected = [row.value for row in harness.evaluate(ours, [*files], files, limit=3).rows]
+    settings = {"config": run.config, "name": "x", "batch_size": 2}
+    questions = hellaswag.read_questions(files["hellaswag"], run.tokenizer, "harness")
+    found = hellaswag.evaluate_questions(ours._scores, questions, style="harness", **settings)
+    passages = lambada.read_passages(files["lambada_openai"], run.tokenizer)
+    last = lambada.evaluate_passages(ours._scores, passages, **settings)
+    assert [found.acc, found.acc_norm, last.acc] == [*expected[:2], expected[3]]
+    assert last.perplexity == pytest.approx(expected[2], rel=1e-4)
+
+
 def test_a_folder_has_a_file_for_each_split(ours, tmp_path):
     (tmp_path / "data").mkdir()
     for split, rows in (("train", HELLASWAG[1:] * 3), ("val", HELLASWAG[:1])):
@@ -205,6 +218,13 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(ours, run, files, tmp_path
     too_long = requests("loglikelihood", [("now", " is" * 41)])
     with pytest.raises(UserError, match=r"1 of 1 continuations are longer than .* 40"):
         ours.loglikelihood(too_long)
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_answered_with_a_near_one(ours):
+    """All tasks are indexed for that."""
+    with pytest.raises(UserError, match=r"no task 'hellasvag' in .*; did you mean hellaswag\?"):
+        harness.evaluate(ours, ["hellasvag"])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,5 +1,7 @@
 """HellaSwag: likelihoods of endings after their contexts, and what they decide."""
 
+import functools
+import itertools
 import json
 import re
 
@@ -11,20 +13,16 @@ from hypothesis import given
 
 from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer, SentencePieceTokenizer
-from gptjax.devices import hosts
 from gptjax.errors import UserError
 from gptjax.evals.hellaswag import (
     Question,
     accuracies,
-    ending_losses,
     evaluate_questions,
     read_questions,
 )
 
 CONFIG = ModelConfig(2, 2, 16, block_size=40, vocab_size=40)
 TOKENIZER = CharTokenizer("abcdefghijklmnopqrstuvwxyz ATIBCDEFGHJ.é")
-TOKENS = np.arange(40, dtype=np.int32)
-LONG = np.tile(TOKENS, 2)
 
 ROWS = [
     ("That cat", ["is on.", "A", "dog dog dog", "é"], 0),
@@ -44,75 +42,85 @@ def questions(tmp_path):
     return read_questions(path, TOKENIZER)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16])
-def test_endings_have_their_likelihood_after_the_context(losses, nats, questions, rows):
-    expected, right, right_per_token = np.zeros((3, 4)), 0, 0
-    for i, (context, endings, label) in enumerate(ROWS):
-        lengths = [len(ending) + 1 for ending in endings]
-        for j, ending in enumerate(endings):
+def test_the_likeliest_ending_is_the_answer(found_scores, nats, questions):
+    right, right_per_token = 0, 0
+    for context, endings, label in ROWS:
+        expected, per_token = [], []
+        for ending in endings:
             text = TOKENIZER.encode(f"{context} {ending}")[-41:]
-            first = max(1, len(text) - lengths[j])
-            expected[i, j] = sum(nats(text[:k], text[k]) for k in range(first, len(text)))
-        right += min(range(4), key=lambda j: expected[i, j]) == label
-        right_per_token += min(range(4), key=lambda j: expected[i, j] / lengths[j]) == label
-    seen = []
-
-    def progress(done, total):
-        seen.append((done, total))
-
-    result = evaluate_questions(
-        losses, questions, CONFIG, name="h", batch_size=rows, progress=progress
-    )
-    found = ending_losses(losses, questions, CONFIG, batch_size=rows)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert (result.acc, result.acc_norm) == (right / 3, right_per_token / 3)
-    assert seen[-1] == (12, 12)
+            first = max(1, len(text) - len(ending) - 1)
+            expected.append(sum(nats(text[:k], text[k]) for k in range(first, len(text))))
+            per_token.append(expected[-1] / (len(ending) + 1))
+        right += int(np.argmin(expected)) == label
+        right_per_token += int(np.argmin(per_token)) == label
+    result = evaluate_questions(found_scores, questions, CONFIG, name="h", batch_size=8)
+    assert (result.acc, result.acc_norm, result.acc_bytes) == (right / 3, right_per_token / 3, None)
     assert result.report().split("\n") == [
-        "h: 3 questions",
+        "h: 3 questions in the completion style",
         f"acc                 {right / 3:.4f}",
         f"acc_norm            {right_per_token / 3:.4f}  (by likelihood per token of the ending)",
     ]
 
 
-def test_endings_are_padded_to_few_lengths(losses, nats):
-    """Each is a compilation. Without a context, an ending's first token is not predicted."""
-    seen = []
-
-    def counted(windows, weights):
-        seen.append(weights.shape[1])
-        return losses(windows, weights)
-
-    endings = TOKENS[:17], TOKENS[:3], TOKENS[:30], TOKENS[:18]
-    found = ending_losses(counted, [Question(TOKENS[:0], endings, 0)], CONFIG, batch_size=1)
-    assert seen == [16, 16, 32, 32]
-    expected = [sum(nats(e[:k], e[k]) for k in range(1, len(e))) for e in endings]
-    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+def test_what_is_divided_by_may_decide():
+    sizes = {"acc_norm": (1, 4, 1, 1), "acc_bytes": (9, 4, 1, 1)}
+    questions = [Question((), sizes, 1), Question((), dict.fromkeys(sizes, (1, 1, 1, 1)), 0)]
+    # Per character 2, 1, 3, 3; per byte 2/9, 1, 3, 3; of the second question always 1, 2, 3, 4.
+    nats = np.array([[2.0, 4.0, 3.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
+    assert accuracies(nats, questions) == {"acc": 0.5, "acc_norm": 1.0, "acc_bytes": 0.5}
 
 
-def test_the_likelier_ending_need_not_be_so_per_token():
-    one, four = TOKENS[:1], TOKENS[:4]
-    questions = [Question(one, (one, four, one, one), 1), Question(one, (one, one, one, one), 0)]
-    # Per token: 2, 1, 3, 3 and 1, 2, 3, 4.
-    losses = np.array([[2.0, 4.0, 3.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
-    assert accuracies(losses, questions) == (0.5, 1.0)
+HARNESS = {
+    "activity_label": "Baking",
+    "ctx_a": " A cat [title] sat.",
+    "ctx_b": "then IT [step] ran",
+    "endings": ["away [title] far ", "é", "[a] [b] in", "a  b   c"],
+    "label": "3",
+}
 
 
-def test_long_endings_and_unequal_hosts_are_refused(losses, questions, monkeypatch):
-    long = [Question(TOKENS[:3], (TOKENS[:2], LONG[:41], LONG[:40], LONG[:50]), 0)]
-    with pytest.raises(UserError, match=r"2 endings are longer .* 40 \(the longest has 50 tokens"):
-        evaluate_questions(losses, long, CONFIG, name="h", batch_size=8)
-    monkeypatch.setattr(hosts, "all_equal", lambda text: False)
-    with pytest.raises(UserError, match="the hosts have different questions"):
-        evaluate_questions(losses, questions, CONFIG, name="h", batch_size=8)
+def test_the_harness_style_cleans_the_texts(tmp_path):
+    """By hand; `test_the_texts_are_those_of_the_harness` has its own code say it."""
+    path = tmp_path / "h.jsonl"
+    path.write_text(json.dumps(HARNESS))
+    tokenizer = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
+    (question,) = read_questions(path, tokenizer, "harness")
+    assert {tokenizer.decode(context) for context, _ in question.endings} == {
+        "Baking: A cat. sat. Then it ran"
+    }
+    endings = [tokenizer.decode(tokens) for _, tokens in question.endings]
+    assert endings == [" away. far", " é", "  in", " a b  c"]
+    assert question.sizes == {"acc_norm": (9, 1, 3, 6), "acc_bytes": (9, 2, 3, 6)}
+    assert question.label == 3
+    path.write_text('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 0}')
+    with pytest.raises(UserError, match=r"line 1 is not .* `activity_label`, `ctx_a`, `ctx_b`, "):
+        read_questions(path, tokenizer, "harness")
+
+
+def test_the_texts_are_those_of_the_harness(tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra harness")
+    import datasets
+    from lm_eval.tasks.hellaswag.utils import process_docs
+
+    path = tmp_path / "h.jsonl"
+    path.write_text(json.dumps(HARNESS))
+    tokenizer = Gpt2Tokenizer({bytes([byte]): byte for byte in range(256)})
+    (question,) = read_questions(path, tokenizer, "harness")
+    (expected,) = process_docs(datasets.Dataset.from_list([HARNESS]))
+    whole = [tokenizer.decode(np.concatenate(text)) for text in question.endings]
+    assert whole == [f"{expected['query']} {ending}" for ending in expected["choices"]]
 
 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2 is not a HellaSwag question"),
-        ("[]", "line 2 is not"),
+        ("{", "line 2 is not valid JSON"),
+        ("[]", "line 2 is not a JSON object"),
         ('{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}', "line 2 is not"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", 4], "label": 0}', "line 2 is not"),
+        (
+            '{"ctx": "a", "endings": ["a", "b", "c", 4], "label": 0}',
+            "line 2 is not a HellaSwag question",
+        ),
         ('{"ctx": "a", "endings": "abcd", "label": 0}', "line 2 is not"),
         ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 4}', "line 2 is not"),
         ('{"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}', "line 2 is not"),
@@ -138,7 +146,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, words):
         read_questions(path, TOKENIZER)
 
 
-QUESTION = b'{"ctx": "a b", "endings": ["a", "b", "c", "a"], "label": 3}\n'
+QUESTION = (
+    b'{"activity_label": "a", "ctx_a": "a", "ctx_b": "b", "ctx": "a b",'
+    b' "endings": ["a", "b", "c", "a"], "label": 3}\n'
+)
 
 
 @pytest.fixture(scope="module")
@@ -151,5 +162,5 @@ def tokenizers():
 def test_a_damaged_file_is_read_or_refused(tmp_path_factory, tokenizers, content):
     path = tmp_path_factory.mktemp("h") / "h.jsonl"
     path.write_bytes(content)
-    for tokenizer in tokenizers:
-        read_or_refuse(lambda tokenizer=tokenizer: read_questions(path, tokenizer), path)
+    for each in itertools.product(tokenizers, ("completion", "harness")):
+        read_or_refuse(functools.partial(read_questions, path, *each), path)

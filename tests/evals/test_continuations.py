@@ -1,0 +1,94 @@
+"""Likelihoods of texts after their contexts, whatever the batches, and greedy ones."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import model
+from gptjax.config import ModelConfig
+from gptjax.data.tokenizers import CharTokenizer
+from gptjax.devices import hosts
+from gptjax.devices.strategy import get_strategy
+from gptjax.errors import UserError
+from gptjax.evals.continuations import Continuation, encode, score, scores
+from gptjax.runtime_config import ComputeConfig
+
+CONFIG = ModelConfig(2, 2, 16, block_size=40, vocab_size=40)
+TOKENS = np.arange(40, dtype=np.int32)
+LONG = np.tile(TOKENS, 2)
+TEXTS = [
+    Continuation(TOKENS[:3], TOKENS[7:9]),
+    Continuation(LONG, TOKENS[:5]),  # loses the beginning of its context
+    Continuation(TOKENS[:0], TOKENS[:17]),  # its first token is not predicted
+    Continuation(TOKENS[:1], LONG[3:43]),
+    Continuation(TOKENS[:2], TOKENS[:0]),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_a_text_has_its_likelihood_after_the_context(found_scores, nats, rows):
+    expected = []
+    for context, tokens in TEXTS:
+        text = np.concatenate([context, tokens])[-41:]
+        first = max(1, len(text) - len(tokens))
+        expected.append(sum(nats(text[:k], text[k]) for k in range(first, len(text))))
+    seen = []
+    found, greedy = score(
+        found_scores, TEXTS, CONFIG, batch_size=rows, progress=lambda *numbers: seen.append(numbers)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert greedy.tolist() == [value < 1e-9 for value in expected]
+    assert seen[-1] == (5, 5) and len(seen) == -(-5 // rows)
+
+
+def test_texts_are_padded_to_few_lengths(found_scores):
+    """Each is a compilation."""
+    seen = []
+
+    def counted(windows, weights):
+        seen.append(weights.shape[1])
+        return found_scores(windows, weights)
+
+    texts = [Continuation(TOKENS[:1], TOKENS[:n]) for n in (16, 2, 29, 17)]
+    score(counted, texts, CONFIG, batch_size=1)
+    assert seen == [16, 16, 32, 32]
+
+
+@pytest.mark.parametrize("kind", ["pmap", "fsdp"])
+def test_over_devices_the_numbers_are_those_of_the_logits(kind):
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(CONFIG, jax.random.key(0)))
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype("f4"), shapes)
+    apply = jax.jit(functools.partial(model.apply, CONFIG))
+    logits = np.asarray(apply(params, LONG[None, :40])[0][0], np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    likeliest = logs.argmax(-1)
+    texts = [
+        Continuation(LONG[:n], [target])
+        for n in range(17, 33)  # of one padded length
+        for target in (likeliest[n - 1], (likeliest[n - 1] + 1) % 40)
+    ]
+    strategy = get_strategy(kind, jax.devices()[:2])
+    placed = strategy.to_devices(strategy.initialise(lambda: params))
+    by_device = scores(strategy, placed, CONFIG, ComputeConfig(attention="xla"))
+    found, greedy = score(by_device, texts, CONFIG, batch_size=16)
+    expected = [-logs[len(context) - 1, target[0]] for context, target in texts]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert greedy.tolist() == [True, False] * 16
+
+
+def test_spaces_at_the_end_of_a_context_belong_to_what_follows():
+    tokenizer = CharTokenizer(" ab")
+    context, tokens = encode(tokenizer, "ab  ", " b")
+    assert (tokenizer.decode(context), tokenizer.decode(tokens)) == ("ab", "   b")
+
+
+def test_what_does_not_fit_and_unequal_hosts_are_refused(found_scores, monkeypatch):
+    texts = [*TEXTS, Continuation(TOKENS[:1], LONG[:41]), Continuation(TOKENS[:1], LONG[:50])]
+    with pytest.raises(UserError, match=r"2 of 7 .* block_size 40 \(the longest has 50 tokens"):
+        score(found_scores, texts, CONFIG, batch_size=8)
+    monkeypatch.setattr(hosts, "all_equal", lambda text: False)
+    with pytest.raises(UserError, match="the hosts have different texts"):
+        score(found_scores, TEXTS, CONFIG, batch_size=8)
