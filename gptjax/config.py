@@ -68,6 +68,14 @@ class ModelConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; parameters stay float32. auto: bfloat16 on GPU and TPU, float32 on CPU,
     decided when a run begins and kept from then on."""
+    lora_rank: int = 0
+    """Fine-tune by LoRA: beside the kernels of lora_targets low-rank adapters of this rank, which
+    alone are trained; with --init-from. Loading the run adds them to the kernels. 0: none."""
+    lora_alpha: float = 16.0
+    """Of LoRA: what adapters compute is multiplied by lora_alpha / lora_rank."""
+    lora_targets: tuple[Literal["c_attn", "c_proj", "c_fc", "attn", "mlp"], ...] = ("c_attn",)
+    """Of LoRA: the linear layers that get adapters, by GPT-2's names; attn and mlp are both of that
+    part."""
 
     @property
     def head_size(self) -> int:
@@ -104,22 +112,41 @@ class ModelConfig(Config):
         return tuple(reach[pattern[i % len(pattern)]] for i in range(self.n_layer))
 
     def num_parameters(self, *, embeddings: bool = True) -> int:
-        """Trained numbers; without `embeddings`, those outside wte, wpe and an untied head."""
+        """Numbers in all arrays; without `embeddings`, those outside wte, wpe and an untied
+        head."""
         c, bias = self.n_embd, int(self.bias)
         norm = c * (1 + bias)
         attention = 4 * c * c + 3 * c * int(self.use_qkv_bias) + c * bias
         mlp = 2 * c * self.inner_size + (self.inner_size + c) * bias
         total = self.n_layer * (2 * norm + attention + mlp) + (norm if self.n_layer else 0)
+        total += self.num_adapter_parameters()
         if embeddings:
             total += self.padded_vocab_size * c * (1 if self.tied_head else 2)
             total += self.block_size * c if self.position == "learned" else 0
         return total
 
+    def num_adapter_parameters(self) -> int:
+        """Those of LoRA."""
+        c, inner = self.n_embd, self.inner_size
+        sizes = {
+            ("attn", "c_attn"): 4 * c, ("attn", "c_proj"): 2 * c,
+            ("mlp", "c_fc"): c + inner, ("mlp", "c_proj"): inner + c,
+        }  # fmt: skip
+        adapted = sum(size for (part, name), size in sizes.items() if self.adapts(part, name))
+        return self.n_layer * self.lora_rank * adapted
+
+    def adapts(self, part: str, name: str) -> bool:
+        """Whether the linear layer `name` of a block's `part` has an adapter."""
+        return self.lora_rank > 0 and not {part, name}.isdisjoint(self.lora_targets)
+
     def flops_per_token(self) -> float:
         """Floating-point operations of one training step per token: 6 N + 12 L C T, with N the
-        parameters that multiply (PaLM, arXiv:2204.02311, appendix B)."""
+        parameters that multiply (PaLM, arXiv:2204.02311, appendix B); of those that have adapters
+        instead of a gradient 4 N."""
         multiplied = self.num_parameters(embeddings=False) + self.padded_vocab_size * self.n_embd
-        return 6 * multiplied + 12 * self.n_embd * sum(self.windows)
+        adapters = self.num_adapter_parameters()
+        each = 4 * (multiplied - adapters) + 6 * adapters if self.lora_rank else 6 * multiplied
+        return each + 12 * self.n_embd * sum(self.windows)
 
     def problems(self) -> list[str]:
         out = self._check_ints(0, "n_layer")
@@ -140,6 +167,13 @@ class ModelConfig(Config):
             out.append(f"model.layer_norm_epsilon {self.layer_norm_epsilon} is outside (0, 1)")
         if not self.attention_pattern:
             out.append("model.attention_pattern is empty; expected dense and/or banded")
+        out += self._check_ints(0, "lora_rank")
+        if self.lora_rank > self.n_embd > 0:
+            out.append(f"model.lora_rank {self.lora_rank} must be at most n_embd {self.n_embd}")
+        if not 0 < self.lora_alpha <= sys.float_info.max:
+            out.append(f"model.lora_alpha {self.lora_alpha} must be a finite number above 0")
+        if not self.lora_targets:
+            out.append("model.lora_targets is empty; expected c_attn, c_proj, c_fc, attn or mlp")
         if self.position == "sinusoidal" and self.n_embd % 2:
             out.append(f"model.n_embd {self.n_embd} must be even for sinusoidal positions")
         return out
@@ -262,6 +296,9 @@ class OptimizerConfig(Config):
     longer later goes on at min_lr."""
     lr_schedule: Literal["cosine", "linear"] = dataclasses.field(default="cosine", kw_only=True)
     """How the rate falls from its peak to min_lr."""
+    layer_decay: float = dataclasses.field(default=1.0, kw_only=True)
+    """A layer's rate is that of the layer above it times this, in (0, 1]; embeddings are below the
+    first layer, ln_f and an untied head have the full rate (ULMFiT's discriminative rates)."""
     muon_learning_rate: float = dataclasses.field(default=0.02, kw_only=True)
     """Peak rate of what Muon updates. It rises and falls as learning_rate does."""
     muon_beta: float = dataclasses.field(default=0.95, kw_only=True)
@@ -293,6 +330,8 @@ class OptimizerConfig(Config):
         for name in ("beta1", "beta2", "muon_beta"):
             if not 0 <= getattr(self, name) < 1:
                 out.append(f"{name} {getattr(self, name)} is outside [0, 1)")
+        if not 0 < self.layer_decay <= 1:
+            out.append(f"layer_decay {self.layer_decay} is outside (0, 1]")
         if self.min_lr > self.learning_rate:
             out.append(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
         if self.kind == "muon" and not self.learning_rate:
@@ -310,6 +349,9 @@ class TrainConfig(Config):
     init_from: str | None = None
     """Start from the best weights of this run (an imported one, say) and its architecture, with a
     fresh optimizer. A smaller model.block_size crops its position table. None: random weights."""
+    freeze: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)
+    """Parameters that stay as they are, by GPT-2's names, or the beginning of one, or patterns: wte
+    h.0 'h.*.attn' 'h.[0-5].mlp.c_fc.kernel' '*.bias'."""
     seed: int = 1337
     """Seeds the initial weights, the data order and dropout."""
     batch_size: int = 12

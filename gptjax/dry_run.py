@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from gptjax import sampling
+from gptjax import finetune, sampling
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.devices import chips, memory, roofline, setup
 from gptjax.devices.memory import REMEDIES, gib
@@ -46,10 +46,11 @@ def print_training(
         model, runtime, devices[0], train=True, packed=config.data.packed
     )
     layers = "unrolled" if compute.scan_unroll >= model.n_layer else "in a loop"
+    trained = f" ({finetune.of_all(config)} trained)" if finetune.is_partial(config) else ""
     temporary = max(0, found.step - kinds["activations"])
     print(
-        f"model      {model.num_parameters():,} parameters, batch {config.batch_size} x"
-        f" {model.block_size}\n"
+        f"model      {model.num_parameters():,} parameters{trained}, batch"
+        f" {config.batch_size} x {model.block_size}\n"
         f"devices    {setup.describe(devices)}, {runtime.strategy}, computing in"
         f" {compute_dtype(model).name}; compiled in {seconds:.1f} s\n"
         f"network    attention by {compute.attention} ({why}); layers {layers}, --remat"

@@ -68,14 +68,17 @@ def mean_loss(x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: Siz
     """float32 []: the mean of `losses`.
 
     Its gradients are computed in the forward pass, chunk by chunk, where the logits are; the
-    backward pass only scales them. So no product is computed twice.
+    backward pass only scales them. So no product is computed twice. A head that is not trained gets
+    no gradient.
     """
     return losses(x, head, targets, vocab_size).mean()
 
 
 def _with_gradients(
-    x: jax.Array, head: jax.Array, targets: jax.Array, vocab_size: Size
+    given_x: Any, given_head: Any, given_targets: Any, vocab_size: Size
 ) -> tuple[jax.Array, Any]:
+    x, head, targets = given_x.value, given_head.value, given_targets.value
+    trained = given_head.perturbed
     (b, t), c = targets.shape, x.shape[-1]
     xs, every_target = _chunks(x, targets, len(head))
     # What fills up the last chunk counts for nothing.
@@ -87,10 +90,12 @@ def _with_gradients(
         nats, normaliser = _losses(found, targets)
         hits = targets[:, None] == jnp.arange(len(head))
         slope = ((jnp.exp(found - normaliser[:, None]) - hits) * counts).astype(x.dtype)
-        by_head = jnp.einsum("rw,rc->wc", slope, x, preferred_element_type=jnp.float32)
+        by_head = None
+        if trained:
+            by_head = jnp.einsum("rw,rc->wc", slope, x, preferred_element_type=jnp.float32)
         return jax.tree.map(jnp.add, total, ((nats * counts[:, 0]).sum(), by_head)), slope @ head
 
-    zeros = (jnp.zeros(()), jnp.zeros(head.shape))
+    zeros = (jnp.zeros(()), jnp.zeros(head.shape) if trained else None)
     (nats, by_head), by_x = _over_chunks(chunk, zeros, (xs, every_target, counts))
     by_x = by_x.reshape(len(xs), b, -1, c).swapaxes(0, 1).reshape(b, -1, c)[:, :t]
     return nats / (b * t), (by_x, by_head, jnp.zeros((), head.dtype))
@@ -99,10 +104,11 @@ def _with_gradients(
 def _scale(vocab_size: Size, gradients: Any, cotangent: jax.Array) -> tuple[Any, ...]:
     by_x, by_head, like_head = gradients
     scale = cotangent / (by_x.shape[0] * by_x.shape[1])
-    return (scale * by_x).astype(by_x.dtype), (scale * by_head).astype(like_head.dtype), None
+    to_x = (scale * by_x).astype(by_x.dtype)
+    return to_x, None if by_head is None else (scale * by_head).astype(like_head.dtype), None
 
 
-mean_loss.defvjp(_with_gradients, _scale)
+mean_loss.defvjp(_with_gradients, _scale, symbolic_zeros=True)
 
 
 def _chunks(x: jax.Array, targets: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:

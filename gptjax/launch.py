@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from gptjax import attention, config_io, dry_run, files, resume, run_metadata
+from gptjax import attention, config_io, dry_run, files, finetune, resume, run_metadata
 from gptjax.checkpoint import Checkpoints
 from gptjax.config import TrainConfig
 from gptjax.data import prepare, token_files
@@ -67,6 +67,7 @@ def train(
     )
     if asked not in ("auto", kernel):
         raise UserError(f"--attention {asked} does not fit here: {why}")
+    finetune.check(config)
     if runtime.dry_run and (vocab_size := known_vocabulary(config, tokenizer)):
         model = config.model.replace(vocab_size=vocab_size)
         dry_run.print_training(config.replace(model=model), runtime, devices)

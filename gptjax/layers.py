@@ -5,6 +5,7 @@ Letters in shape comments: B sequences, T tokens of each, N = B T, C n_embd.
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -77,6 +78,23 @@ class Dropout(nn.Module):
         return dropout_keys(self.make_rng("dropout"), rows)
 
 
+class LoraDense(nn.Dense):
+    """x W + b + (x A) B alpha / rank, a linear layer with a low-rank adapter beside its kernel W
+    (LoRA, arXiv:2106.09685). B begins as zeros, A as in the package peft."""
+
+    rank: int = 0
+    alpha: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = super().__call__(x)
+        # Uniform up to 1 / sqrt(in).
+        first = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        a = self.param("lora_a", first, (x.shape[-1], self.rank))
+        b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features))
+        return y + (x @ a.astype(x.dtype) * (self.alpha / self.rank)) @ b.astype(x.dtype)
+
+
 class Part(nn.Module):
     """Base of the network's parts: their settings, and GPT-2's layers by these settings."""
 
@@ -90,13 +108,16 @@ class Part(nn.Module):
         if residual:
             # GPT-2, section 2.3: so that the stream's variance does not grow with depth.
             std /= math.sqrt(2 * self.config.n_layer)
-        return nn.Dense(
-            features,
-            use_bias=use_bias,
-            dtype=compute_dtype(self.config),
-            kernel_init=nn.initializers.normal(std),
-            name=name,
-        )
+        settings: dict[str, Any] = {
+            "use_bias": use_bias,
+            "dtype": compute_dtype(self.config),
+            "kernel_init": nn.initializers.normal(std),
+            "name": name,
+        }
+        if self.config.adapts(str(self.name), name):
+            rank, alpha = self.config.lora_rank, self.config.lora_alpha
+            return LoraDense(features, **settings, rank=rank, alpha=alpha)
+        return nn.Dense(features, **settings)
 
     def layer_norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(

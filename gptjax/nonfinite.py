@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from gptjax import train_step
+from gptjax import finetune, train_step
 from gptjax.config import TrainConfig
 from gptjax.errors import first_line
 from gptjax.runtime_config import ComputeConfig
@@ -56,11 +56,9 @@ def explain(
     key = jax.random.fold_in(train_step.random_key(config.seed), step)
 
     def gradients(params: Any, windows: Any, rows: Any) -> Any:
-        return jax.value_and_grad(train_step.loss)(
-            params, windows, config.model, compute, key, rows, eot
-        )
+        return train_step.loss_and_gradient(params, windows, config, compute, key, rows, eot)
 
-    total: Any = 0.0, jax.tree.map(np.zeros_like, params)
+    total: Any = 0.0, jax.tree.map(np.zeros_like, finetune.split(config, params)[0])
     try:
         for at in range(0, len(windows), size):
             part = params, jnp.asarray(windows[at : at + size]), jnp.asarray(rows[at : at + size])

@@ -5,13 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from gptjax import finetune
 from gptjax.config import TrainConfig
 from gptjax.layers import compute_dtype
 from gptjax.muon import scale_by_muon
 
-DECAYED = ("kernel", "wte", "wpe", "lm_head")
+DECAYED = ("kernel", "wte", "wpe", "lm_head", *finetune.ADAPTERS)
 UNDECAYED = ("bias", "scale")
 
 
@@ -59,7 +61,8 @@ def optimizer(
     norm: jax.Array | None = None,
     shared: Any = None,
 ) -> optax.GradientTransformation:
-    """Clip, then AdamW (arXiv:1711.05101), or Muon for the matrices that it serves.
+    """Clip, then AdamW (arXiv:1711.05101), or Muon for the matrices that it serves. `init` takes
+    all parameters, `update` those that are trained (`finetune.split`).
 
     `rate` is the learning rate of this update (`init` needs none). It is passed in, not computed
     from a count inside: so there is one step counter, the train state's. So are, where a device has
@@ -92,10 +95,18 @@ def optimizer(
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         updates, state = direction.update(grads, state, params)
-        of = kinds(config, updates)
-        return jax.tree.map(lambda u, kind: -rates[kind] * u, updates, of), state
+        of, by_layer = kinds(config, updates), finetune.factors(config, updates)
 
-    return optax.GradientTransformation(direction.init, update)
+        def scaled(u: Any, kind: str, factor: Any) -> Any:
+            u = -rates[kind] * u
+            return u if np.all(factor == 1) else factor * u
+
+        return jax.tree.map(scaled, updates, of, by_layer), state
+
+    def init(params: Any) -> Any:
+        return direction.init(finetune.split(config, params)[0])
+
+    return optax.GradientTransformation(init, update)
 
 
 def adam_state(config: TrainConfig, count: Any, mu: Any, nu: Any) -> Any:

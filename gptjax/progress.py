@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gptjax import console, program, remat
+from gptjax import console, finetune, program, remat
 from gptjax.devices import setup
 from gptjax.trainer import Callback, Row, Trainer
 
@@ -228,6 +228,9 @@ def describe(trainer: Trainer) -> str:
     if compute.scan_unroll < model.n_layer:
         again = remat.AGAIN[str(compute.remat)]
         layers = f"layers     a loop; the backward pass computes again {again}\n"
+    trained = ""
+    if finetune.is_partial(config):
+        trained = f"trained    {finetune.of_all(config)} parameters\n"
     folder = config.data.dir or "."
     return (
         f"run        {trainer.checkpoints.run_dir} ({trainer.start.origin})\n"
@@ -236,6 +239,7 @@ def describe(trainer: Trainer) -> str:
         f" {dataset.tokenizer.kind} tokenizer\n"
         f"model      {model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, block"
         f" {model.block_size}, {model.vocab_size:,} ids: {model.num_parameters():,} parameters\n"
+        f"{trained}"
         f"devices    {setup.describe()}, computing in {model.dtype}\n"
         f"attention  {attention}\n"
         f"{layers}"

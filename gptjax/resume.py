@@ -7,7 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax import attention, config_io, files, optim, program, run_metadata, train_step
+from gptjax import (
+    attention,
+    config_io,
+    files,
+    finetune,
+    optim,
+    program,
+    run_metadata,
+    train_step,
+)
 from gptjax.checkpoint import Checkpoints, Corrupted
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.data import tokenizers
@@ -17,13 +26,16 @@ from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import hosts, setup
 from gptjax.devices.base import Strategy
 from gptjax.errors import RunError, UserError
-from gptjax.model import Params
+from gptjax.model import Params, init
 from gptjax.run_metadata import CheckpointMetadata
 from gptjax.runtime_config import RuntimeConfig
 from gptjax.train_step import TrainState
 
 NOT_IN_WEIGHTS = {"dropout", "dtype"}
 """What weights do not fix, besides a context that may be shorter than theirs."""
+
+ADAPTERS = {"lora_rank", "lora_alpha", "lora_targets"}
+"""What is not adopted either: those of other weights are in their kernels."""
 
 
 def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
@@ -38,7 +50,7 @@ def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
         if name == "block_size" and given:
             if value > theirs:
                 problems.append(f"model.block_size {value} exceeds the weights' {theirs}")
-        elif name not in NOT_IN_WEIGHTS:
+        elif name not in NOT_IN_WEIGHTS | ADAPTERS:
             if given and value != theirs and value is not None:
                 problems.append(f"model.{name} {value} is not the weights' {theirs}")
             fields[name] = theirs
@@ -57,7 +69,7 @@ def adopt_weights(config: TrainConfig, run_dir: str) -> tuple[TrainConfig, Token
         UserError: a given setting differs from theirs; there is no run in `init_from`, or not the
             one that the run in `run_dir` began with.
     """
-    origin = config.init_from
+    origin, adapted = config.init_from, config.model.lora_rank > 0
     metadata = run_metadata.newest_metadata(files.path(run_dir))
     if metadata and _folder_name(metadata.config.init_from) != _folder_name(origin):
         raise UserError(
@@ -73,6 +85,11 @@ def adopt_weights(config: TrainConfig, run_dir: str) -> tuple[TrainConfig, Token
             raise UserError(f"no run in {origin} (--init-from); GPT-2's weights make one: {how}")
         if not files.is_remote(files.path(origin)):
             origin = str(files.path(origin).absolute())
+    if adapted and not origin:
+        raise UserError(
+            "LoRA (--lora-rank) adapts weights that are there; name their run with --init-from, and"
+            " a new one with --run-dir"
+        )
     if not metadata:
         return config, None
     tokenizer = tokenizers.from_json(metadata.tokenizer, origin or run_dir)
@@ -232,7 +249,8 @@ def _resume(
     wanted: dict[str, Any] = {"params": targets.params}
     before, kind = saved.config.optimizer.kind, config.optimizer.kind
     there = "opt_state" in checkpoints.array_names(step)
-    if there and before == kind:
+    same = before == kind and saved.config.freeze == config.freeze
+    if there and same:
         wanted["opt_state"] = targets.opt_state
     loaded = checkpoints.restore(step, **wanted)
     state = _state(step, loaded["params"], loaded.get("opt_state"), config, strategy)
@@ -243,8 +261,9 @@ def _resume(
     windows, there_are = eval_windows(config, runtime, dataset)
     measured, best = min(there_are, saved.eval_windows or there_are), saved.best_val_loss
     notes = _notes(saved, config, runtime)
-    if there and before != kind:  # so the weights are imported
-        notes.append(f"note: {kind} begins anew; the imported state is that of {before}")
+    if there and not same:  # so the weights are imported
+        of = before if before != kind else "all parameters"
+        notes.append(f"note: {kind} begins anew; the imported state is that of {of}")
     if best is not None and windows != measured:
         best = None
         notes.append(
@@ -295,6 +314,10 @@ def _from_weights(config: TrainConfig, strategy: Strategy) -> TrainState:
     if "wpe" in params:
         size = config.model.block_size
         params = params | {"wpe": strategy.initialise(lambda table: table[:size], params["wpe"])}
+    if config.model.lora_rank:
+        key = train_step.random_key(config.seed)
+        fresh = strategy.initialise(lambda: finetune.only_adapters(init(config.model, key)))
+        params = finetune.join(params, fresh)
     return _state(0, params, None, config, strategy)
 
 

@@ -273,7 +273,10 @@ class Run:
 
         experiment = self.experiment.replace(model=self.config)
         fingerprint = self.data_fingerprint
-        weights = Weights(experiment, self.params, step=self.step, data_fingerprint=fingerprint)
+        weights = Weights(
+            experiment, self.params, step=self.step, data_fingerprint=fingerprint,
+            trained=self.experiment,
+        )  # fmt: skip
         convert.write_pretrained(weights, self.tokenizer, files.path(str(folder)))
 
 
@@ -379,7 +382,7 @@ def load(
     targets = get_strategy("fsdp").targets if sharded else on_one_device
     loaded = run_metadata.load_checkpoint(files.path(name), str(checkpoint), targets)
     metadata = loaded.metadata
-    config = metadata.config.model
+    config = loaded.model
     config = setup.resolve_dtype(config if dtype == "auto" else config.replace(dtype=dtype))
     tokenizer = tokenizers.from_json(metadata.tokenizer, name)
     return Run(

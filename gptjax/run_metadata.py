@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax import config_io, optim
+from gptjax import config_io, finetune, optim
 from gptjax.checkpoint import (
     Checkpoints,
     Corrupted,
@@ -17,7 +17,7 @@ from gptjax.checkpoint import (
     on_one_device,
     read_record,
 )
-from gptjax.config import TrainConfig
+from gptjax.config import ModelConfig, TrainConfig
 from gptjax.model import Params, init
 from gptjax.runtime_config import RuntimeConfig
 from gptjax.train_step import random_key
@@ -82,6 +82,8 @@ class Loaded(NamedTuple):
 
     step: int
     metadata: CheckpointMetadata
+    model: ModelConfig
+    """The network that `params` are of: without LoRA's adapters, which are in the kernels."""
     params: Params
     opt_state: Any = None
     """Where it was asked for, and was saved."""
@@ -125,7 +127,8 @@ def load_checkpoint(
                 continue
             if problem:
                 print(f"warning: {problem}; using step {step} instead", file=sys.stderr)
-            return Loaded(step, metadata, **found)
+            model, params = finetune.merge(config.model, found["params"])
+            return Loaded(step, metadata, model, params, found.get("opt_state"))
         assert problem is not None
         raise _advised(problem)
 

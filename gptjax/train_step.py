@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax import head, optim, sharding
+from gptjax import finetune, head, optim, sharding
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.layers import document_positions
 from gptjax.model import Params, features, init, shared_axes
@@ -115,15 +115,13 @@ def gradients(
     axis_name: str | tuple[str, ...] | None = None,
     eot: int | None = None,
 ) -> tuple[jax.Array, Params, Any]:
-    """(float32 [], the mean loss of a step's batch; its gradient; along which axes a device has
-    parts of that); arguments as for `train_step`."""
+    """(float32 [], the mean loss of a step's batch; its gradient, of what is trained; along which
+    axes a device has parts of that); arguments as for `train_step`."""
     # The key follows from (seed, step), so no key is ever saved.
     key = jax.random.fold_in(random_key(config.seed), state.step)
 
     def micro_step(windows: jax.Array, rows: jax.Array) -> tuple[jax.Array, Any]:
-        return jax.value_and_grad(loss)(
-            state.params, windows, config.model, compute, key, rows, eot
-        )
+        return loss_and_gradient(state.params, windows, config, compute, key, rows, eot)
 
     steps = batch.windows.shape[0]
     if steps == 1:
@@ -133,15 +131,35 @@ def gradients(
         def accumulate(total: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, micro_step(*part)), None
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        trained, _ = finetune.split(config, state.params)
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
         total, _ = jax.lax.scan(accumulate, zeros, batch)
         mean_loss, grads = jax.tree.map(lambda x: x / steps, total)
-    shared = shared_axes(config.model, state.params)
+    shared = finetune.like(grads, shared_axes(config.model, state.params))
     if axis_name is not None:
         # Before clipping: the norm is that of the whole batch's gradient.
         mean_loss = jax.lax.pmean(mean_loss, axis_name)
         grads = sharding.average(grads, shared, axis_name)
-    return mean_loss, grads, shared
+    return mean_loss, finetune.without_frozen(config, grads), shared
+
+
+def loss_and_gradient(
+    params: Params,
+    windows: jax.Array,
+    config: TrainConfig,
+    compute: ComputeConfig = ComputeConfig(),
+    dropout_key: jax.Array | None = None,
+    rows: jax.Array | None = None,
+    eot: int | None = None,
+) -> tuple[jax.Array, Params]:
+    """`loss`, and its gradient by the parameters that are trained: of the others none is made."""
+    trained, frozen = finetune.split(config, params)
+
+    def of_trained(trained: Params) -> jax.Array:
+        whole = finetune.join(trained, frozen)
+        return loss(whole, windows, config.model, compute, dropout_key, rows, eot)
+
+    return jax.value_and_grad(of_trained)(trained)
 
 
 def apply_gradients(
@@ -151,9 +169,10 @@ def apply_gradients(
     """The optimizer's part of a step; where a device has parts of the gradients, with their `norm`
     and along which axes they are `shared`."""
     optimizer = optim.optimizer(config, optim.learning_rate(config, state.step), norm, shared)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return TrainState(state.step + 1, params, opt_state)
+    trained, frozen = finetune.split(config, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    return TrainState(state.step + 1, finetune.join(trained, frozen), opt_state)
 
 
 def eval_step(

@@ -137,7 +137,7 @@ def main(argv: list[str], prog: str) -> None:
     strategy = get_strategy(laid_out.strategy)
     loaded = run_metadata.load_checkpoint(run_dir, given.checkpoint, strategy.targets)
     metadata = loaded.metadata
-    config = metadata.config.model.replace(dtype=given.precision)
+    config = loaded.model.replace(dtype=given.precision)
     if given.stride and given.stride > config.block_size:
         raise UserError(f"--stride {given.stride} exceeds the block_size {config.block_size}")
     tokenizer = tokenizers.from_json(metadata.tokenizer, str(run_dir))

@@ -86,6 +86,8 @@ def read(
         for main in ("kind", "source"):  # --optimizer muon, --data my.txt
             if f"{name}.{main}" in kinds:
                 name += f".{main}"
+        if name not in kinds and name.replace(".", "_") in last_parts:  # --lora.rank
+            name = name.replace(".", "_")
         if name not in kinds and last_parts.count(name) == 1:
             name = list(kinds)[last_parts.index(name)]
         values = [value] if equals else _following(kinds.get(name), rest)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gptjax import train_step
+from gptjax import finetune, train_step
 from gptjax.config import ModelConfig, TrainConfig
 from gptjax.devices import setup
 from gptjax.devices.strategy import get_strategy
@@ -85,10 +85,13 @@ def by_kind(
     compute = _compute(config, runtime, devices)
 
     def left(params: Any, windows: Any, key: Any) -> Any:
-        def loss(params: Any) -> jax.Array:
-            return train_step.loss(params, windows, config.model, compute, key, eot=_eot(config))
+        trained, frozen = finetune.split(config, params)
 
-        return jax.vjp(loss, params)[1]
+        def loss(trained: Any) -> jax.Array:
+            whole = finetune.join(trained, frozen)
+            return train_step.loss(whole, windows, config.model, compute, key, eot=_eot(config))
+
+        return jax.vjp(loss, trained)[1]
 
     windows = jax.ShapeDtypeStruct((rows, config.model.block_size + 1), jax.numpy.int32)
     key = jax.eval_shape(lambda: train_step.random_key(0))

@@ -10,7 +10,7 @@ from typing import Literal
 
 import safetensors
 
-from gptjax import files, program, run_metadata
+from gptjax import files, finetune, program, run_metadata
 from gptjax.checkpoint import Checkpoints
 from gptjax.config_io import save_run_settings
 from gptjax.data import token_files, tokenizers
@@ -216,9 +216,12 @@ def export_model(
         )
     if opt_state is not None and of.config.optimizer.lr_schedule != "cosine":
         notes.append("note: nanoGPT's train.py would go on by a cosine, not in a straight line")
+    if opt_state is not None and finetune.is_partial(of.config):
+        opt_state = None
+        notes.append("note: without the optimizer's state, which is not of all parameters")
     weights = Weights(
-        of.config, loaded.params, of.runtime, loaded.step, opt_state, of.best_val_loss, of.val_loss,
-        of.data_fingerprint,
+        of.config.replace(model=loaded.model), loaded.params, of.runtime, loaded.step, opt_state,
+        of.best_val_loss, of.val_loss, of.data_fingerprint, trained=of.config,
     )  # fmt: skip
     tokenizer = tokenizers.from_json(of.tokenizer, str(run_dir))
     write_pretrained(weights, tokenizer, folder, format, keep_padding=keep_padding)

@@ -74,7 +74,7 @@ def text(weights: Weights, tokenizer: Tokenizer, name: str, format: Literal["hf"
         f" `{weights.data_fingerprint[:12]}`).",
         f"- Steps: {weights.step:,} of {config.batch_size} sequences, {tokens:,} tokens in all.",
         f"- Validation loss: {_loss(weights.val_loss)}.",
-        f"- Command: `{command(config)}`",
+        f"- Command: `{command(weights.trained or config)}`",
     ]
     return "\n".join([*lines, ""])
 

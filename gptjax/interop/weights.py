@@ -32,6 +32,8 @@ class Weights(NamedTuple):
     """What a user should know of the reading."""
     dataset: Any = None
     """Of nanoGPT's: what its settings name as the data, unchecked."""
+    trained: TrainConfig | None = None
+    """How, where that is not `config`: LoRA's adapters are no part of what is written."""
 
 
 def model_config(fields: dict[Any, Any], where: str) -> ModelConfig:

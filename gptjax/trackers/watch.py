@@ -1,5 +1,5 @@
-"""How large each parameter is, and its gradient: by a program of its own, so that the step that
-trains stays what it is."""
+"""How large each trained parameter is, and its gradient: by a program of its own, so that the step
+that trains stays what it is."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import sharding, train_step
+from gptjax import finetune, sharding, train_step
 from gptjax.devices.hosts import first_shard
 from gptjax.train_step import Batch, TrainState
 from gptjax.trainer import Trainer
@@ -28,7 +28,8 @@ class Watch:
             _, grads, shared = train_step.gradients(
                 state, batch, config, compute, axis_name, trainer.eot
             )
-            return {"parameters": sizes(state.params, shared), "gradients": sizes(grads, shared)}
+            trained, _ = finetune.split(config, state.params)
+            return {"parameters": sizes(trained, shared), "gradients": sizes(grads, shared)}
 
         self._norms = trainer.strategy.map(norms, returns_state=False)
 
