@@ -76,6 +76,11 @@ def train(
     if runtime.dry_run:
         dry_run.print_training(config, runtime, devices)
         return None
+    if runtime.patience and not resume.eval_windows(config, runtime, dataset)[0]:
+        raise UserError(
+            "--patience takes a text for validation, and this one has none; name --data.val-source,"
+            " or a --data.val-fraction above 0"
+        )
     memory.refuse_too_large(config, runtime)
     try:
         with contextlib.closing(_lock(run_dir, config, runtime, dataset)):

@@ -160,13 +160,13 @@ class Samples(Callback):
         self._display = display
 
     def on_evaluate(self, trainer: Trainer, row: Row, best: bool) -> None:
-        if 0 < row["step"] < trainer.config.max_steps:
+        if 0 < row["step"] < trainer.config.max_steps and not trainer.stopped_early:
             self._say_sample(trainer, row["step"])
 
     def on_end(self, trainer: Trainer) -> None:
         if trainer.stopped_by:
             return
-        self._say_sample(trainer, trainer.config.max_steps)
+        self._say_sample(trainer, trainer.step)
         run_dir = trainer.checkpoints.run_dir
         more = program.command("generate", "--run-dir", run_dir, "--num-samples", 3)
         self._display.say(f"more samples: {more}", copied=True)

@@ -168,6 +168,8 @@ class Start:
     """Validation windows that an evaluation takes."""
     best_val_loss: float | None = None
     """Of the run so far, as far as it was measured as it will be now."""
+    evaluations_since_best: int = 0
+    """In a row, with losses that were no better."""
     unfinished: dict[str, Any] | None = None
     """The row of `step` for metrics.jsonl, where its evaluation is still to be made."""
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -260,17 +262,18 @@ def _resume(
         origin += f", first from {config.init_from}"
     windows, there_are = eval_windows(config, runtime, dataset)
     measured, best = min(there_are, saved.eval_windows or there_are), saved.best_val_loss
+    since = saved.evaluations_since_best
     notes = _notes(saved, config, runtime)
     if there and not same:  # so the weights are imported
         of = before if before != kind else "all parameters"
         notes.append(f"note: {kind} begins anew; the imported state is that of {of}")
     if best is not None and windows != measured:
-        best = None
+        best, since = None, 0
         notes.append(
             f"note: evaluations are over {windows} validation windows now, over {measured} before;"
             " their losses do not compare, so the best is chosen anew"
         )
-    return state, Start(step, origin, windows, best, saved.unfinished, notes)
+    return state, Start(step, origin, windows, best, since, saved.unfinished, notes)
 
 
 def eval_windows(config: TrainConfig, runtime: RuntimeConfig, dataset: Dataset) -> tuple[int, int]:

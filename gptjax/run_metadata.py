@@ -39,6 +39,8 @@ class CheckpointMetadata:
     """Of these weights, where it was measured."""
     eval_windows: int | None = None
     """Over how many validation windows the two losses were measured; None: over all (0.1)."""
+    evaluations_since_best: int = 0
+    """In a row, with losses that were no better; `RuntimeConfig.patience` is over them."""
     attention: str | None = None
     """The attention kernel it was trained with; None: not known."""
     unfinished: dict[str, Any] | None = None

@@ -92,6 +92,9 @@ class RuntimeConfig(Config):
     same."""
     eval_full_split: bool = False
     """Evaluate on the whole validation split, exactly, instead of eval_batches batches."""
+    patience: int | None = dataclasses.field(default=None, kw_only=True)
+    """Stop early, after so many evaluations in a row without a better validation loss. None:
+    never."""
     save_interval: int | None = None
     """Steps between checkpoints. None: as eval_interval."""
     keep_checkpoints: int = 2
@@ -142,8 +145,9 @@ class RuntimeConfig(Config):
         out = self._check_ints(0, "sample_tokens")
         out += self._check_ints(1, "gradient_accumulation_steps", "log_interval", "eval_interval")
         out += self._check_ints(
-            1, "eval_batches", "save_interval", "keep_checkpoints", "keep_every", "watch"
-        )
+            1, "eval_batches", "save_interval", "keep_checkpoints", "keep_every", "watch",
+            "patience",
+        )  # fmt: skip
         out += self._check_ints(1, "num_devices")
         if self.num_devices and self.num_devices > 1024:
             out.append(f"num_devices {self.num_devices} must be at most 1024")

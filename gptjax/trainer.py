@@ -74,7 +74,8 @@ class Callback:
         """A checkpoint is about to be written."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        """The last step is done, or `trainer.stopped_by` is the signal that ended training."""
+        """The last step is done, or `trainer.stopped_by` is the signal that ended training, or
+        `trainer.stopped_early`."""
 
 
 class Trainer:
@@ -136,6 +137,9 @@ class Trainer:
             config, runtime, dataset, checkpoints, self.strategy
         )
         self.best_val_loss = self.start.best_val_loss
+        self.evaluations_since_best = self.start.evaluations_since_best
+        self.step = self.start.step
+        """Steps done, all their numbers read."""
         self.state = self.strategy.to_devices(state)
         del state  # it may be another copy
         cpu.give_back_memory()
@@ -233,12 +237,14 @@ class Trainer:
             best_val_loss=self.best_val_loss,
             val_loss=val_loss,
             eval_windows=self.start.eval_windows,
+            evaluations_since_best=self.evaluations_since_best,
             attention=self.train_compute[0].attention,
             unfinished=unfinished,
         ).to_dict()
 
     def fit(self) -> None:
-        """Train until `max_steps` steps are done or a stop signal comes, and save.
+        """Train until `max_steps` steps are done, a stop signal comes or `patience` is over, and
+        save.
 
         Raises:
             RunError: a non-finite loss, a failed save, a bad token.
@@ -249,10 +255,26 @@ class Trainer:
             self._evaluate_untrained()
         if self.start.unfinished and not self.stopped_by:
             self._end_of_step(dict(self.start.unfinished), saved=True)
-        if first < last and not self.stopped_by:
+        if first < last and not self.stopped_by and not self.stopped_early:
             with Prefetch(self.batch, last) as batches:
                 self._take_steps(first, last, batches)
+        if self.stopped_early and not self.stopped_by:
+            self.checkpoints.wait()
+            count, best = self.evaluations_since_best, self.checkpoints.candidates("best")[0]
+            self._call(
+                "on_note",
+                f"stopped early at step {self.step}: no better validation loss than"
+                f" {self.best_val_loss:.4f} in {count} evaluation{'s' * (count > 1)} (--patience"
+                f" {self.runtime.patience}); the best checkpoint is that of step {best}; a larger"
+                " --patience goes on",
+            )
         self._call("on_end")
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `patience` is over before the last step."""
+        patience, early = self.runtime.patience, self.step < self.config.max_steps
+        return early and patience is not None and self.evaluations_since_best >= patience
 
     def _evaluate_untrained(self) -> None:
         if not self.start.eval_windows:
@@ -288,7 +310,7 @@ class Trainer:
             if stop or self._evaluates_at(step) or self._saves_at(step):
                 (row, signal), running = self._fetch_row(step, metrics), None
                 self._end_of_step(row, signal or stop)
-                if self.stopped_by:
+                if self.stopped_by or self.stopped_early:
                     return
 
     def _start_step(self, step: int, batches: Prefetch[np.ndarray]) -> train_step.Metrics:
@@ -319,6 +341,7 @@ class Trainer:
         """(a step's numbers, the largest stop signal of all hosts), once the step is done. Raises
         RunError if they are not finite."""
         row: Row = {"step": step} | hosts.fetch(metrics)
+        self.step = step
         for name in ("train_loss", "grad_norm"):
             if not math.isfinite(row[name]):
                 why = f": {self._why_not_finite(step)}" if step in self._before else ""
@@ -365,6 +388,7 @@ class Trainer:
             else:
                 best = self.best_val_loss is None or loss < self.best_val_loss
                 self.best_val_loss = loss if best else self.best_val_loss
+                self.evaluations_since_best = 0 if best else self.evaluations_since_best + 1
                 row["val_loss"] = loss
         if not unfinished:
             self._report(row)
@@ -373,7 +397,7 @@ class Trainer:
                 self._call("on_save", step)
                 metadata = self._metadata(loss, unfinished)
                 self.checkpoints.update_metadata(step, metadata, writes=setup.is_main_host())
-            elif stop or best or self._saves_at(step):
+            elif stop or best or self.stopped_early or self._saves_at(step):
                 # The training loss was that of the parameters before the update: check the new
                 # ones by one batch, if they have not been evaluated.
                 if loss is None and not stop and self.evaluate(self._eval_batch_size) is None:

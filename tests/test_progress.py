@@ -30,6 +30,8 @@ def trainer_at(step=0, notes=(), **more):
         start=types.SimpleNamespace(step=step, notes=list(notes), unfinished=None, origin="new"),
         first_step_seconds=None,
         stopped_by=0,
+        stopped_early=False,
+        step=100,
         sample=lambda step: "[red]hello",
         **more,
     )

@@ -19,6 +19,7 @@ from gptjax.checkpoint import Checkpoints
 from gptjax.config import DataConfig
 from gptjax.data import prepare, token_files
 from gptjax.errors import RunError, UserError
+from gptjax.trainer import Trainer
 
 
 def test_callbacks_are_told_everything_in_order(tiny):
@@ -204,3 +205,60 @@ def test_a_sample_is_text_of_the_asked_length(tiny):
     text = trainer.sample(12)
     assert len(text) == trainer.runtime.sample_tokens and trainer.sample(12) == text
     assert re.search("[a-z]", text)
+
+
+# --------------------------------------------------------------------------------- patience
+
+LOSSES = [3.0, 2.0, 2.5, 2.2, 1.9, 2.1, 1.9, 2.4, 2.0, 2.0, 1.95, 1.7, 1.8]
+"""By step: the best, for a while, is that of step 4."""
+
+
+class Heard(tiny_runs.Recorder):
+    def on_note(self, trainer, text):
+        self.events.append(text)
+
+
+@pytest.fixture
+def patient(tiny, train_tiny, monkeypatch):
+    """Trains with these losses, evaluating after each step."""
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, _: LOSSES[self.step])
+
+    def train(run_dir, stop_after=None, **runtime):
+        recorder = Heard(stop_after)
+        return train_tiny(tiny.config, run_dir, recorder, eval_interval=1, **runtime)
+
+    return train
+
+
+def test_training_ends_where_the_loss_no_longer_falls(patient, tmp_path):
+    run_dir = tmp_path / "run"
+    recorder = patient(run_dir, patience=3, save_interval=5)
+    said = (
+        "stopped early at step 7: no better validation loss than 1.9000 in 3 evaluations"
+        " (--patience 3); the best checkpoint is that of step 4; a larger --patience goes on"
+    )
+    assert recorder.events[-4:] == [("save", 7), ("evaluate", 7, False), said, "end"]
+    assert recorder.trainer.stopped_early and not recorder.trainer.stopped_by
+    with Checkpoints(run_dir) as checkpoints:
+        assert checkpoints.steps == [4, 5, 7]
+    assert gptjax.load(run_dir).step == 4
+    assert patient(run_dir, patience=3).events == ["start", said, "end"]
+    more = patient(run_dir, patience=5)
+    assert [row["step"] for row in more.rows] == [8, 9] and more.trainer.stopped_early
+    last = patient(run_dir)
+    assert [row["step"] for row in last.rows] == [10, 11, 12] and not last.trainer.stopped_early
+
+
+def test_patience_survives_a_stop(patient, tmp_path):
+    patient(tmp_path / "whole", patience=3)
+    patient(tmp_path / "parts", patience=3, stop_after=5)
+    assert patient(tmp_path / "parts", patience=3).trainer.stopped_early
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", 7)
+
+
+def test_patience_takes_a_text_for_validation(tiny, train_tiny, tmp_path):
+    data = tiny.config.data.replace(val_fraction=0.0, dir=str(tmp_path / "set"))
+    prepare.prepare(data, tmp_path / "set", Console(quiet=True))
+    config = tiny.config.replace(data=data)
+    with pytest.raises(UserError, match="--patience takes a text for validation"):
+        train_tiny(config, tmp_path / "run", patience=1)
