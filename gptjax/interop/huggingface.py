@@ -21,7 +21,6 @@ from gptjax.generation_config import GenerationConfig
 from gptjax.interop import hf_tokenizer, parameter_names
 from gptjax.interop.parameter_names import EMBEDDING
 from gptjax.interop.tensor_files import (
-    FLAX,
     SAFETENSORS,
     hugging_face_tensors,
     read_object,
@@ -213,7 +212,7 @@ def download(name: str) -> Path:
     print(f"there is no file or folder {name}: asking the Hugging Face Hub for it", flush=True)
     small = ["config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
              "added_tokens.json"]  # fmt: skip
-    for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"], [FLAX]):
+    for weights in (["model*.safetensors*"], ["pytorch_model*.bin*"], ["flax_model*.msgpack*"]):
         try:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small + weights))
         except Exception as error:  # of the HTTP library, the Hub's own, or the file system's

@@ -25,10 +25,10 @@ FLAX = "flax_model.msgpack"
 
 
 def hugging_face_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """The weights in a Hugging Face folder: model.safetensors, else pytorch_model.bin, each in one
-    file or sharded with an index; else flax_model.msgpack. UserError: there are none, they are
-    damaged, or an index does not fit its files."""
-    for name, read in ((SAFETENSORS, read_safetensors), (PYTORCH, read_torch)):
+    """The weights in a Hugging Face folder: model.safetensors, else pytorch_model.bin, else
+    flax_model.msgpack, each in one file or sharded with an index. UserError: there are none, they
+    are damaged, or an index does not fit its files."""
+    for name, read in ((SAFETENSORS, read_safetensors), (PYTORCH, read_torch), (FLAX, read_flax)):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return read(folder / name)
@@ -36,13 +36,12 @@ def hugging_face_tensors(folder: Path) -> dict[str, np.ndarray]:
             weight_map = _weight_map(index)
             parts = [read(folder / file) for file in sorted(set(weight_map.values()))]
             found = collections.Counter(tensor for part in parts for tensor in part)
-            expected = collections.Counter(weight_map.keys())
+            names = (_from_flax(key.split("/")) if name == FLAX else key for key in weight_map)
+            expected = collections.Counter(names)
             if odd := sorted((found - expected) | (expected - found)):  # one in two files, too
                 listed = ", ".join(odd[:NAMES_LISTED])
                 raise UserError(f"{index} and its files name different tensors: {listed}")
             return {tensor: array for part in parts for tensor, array in part.items()}
-    if (folder / FLAX).is_file():
-        return read_flax(folder / FLAX)
     raise UserError(
         f"{folder} holds no weights: expected {SAFETENSORS}, {SAFETENSORS}.index.json, {PYTORCH} or"
         f" {FLAX}"
@@ -92,12 +91,16 @@ def read_flax(path: Path) -> dict[str, np.ndarray]:
             if not isinstance(array, np.ndarray):
                 raise ValueError(f"{names[-1]!r} is no array")
             # Its Conv1D stores [out, in], its head is a linear layer of Flax, [in, out].
-            array = array.T if names[-1] == "kernel" else array
-            last = "bias" if names[-1] == "bias" else "weight"
-            found[".".join((*names[:-1], last))] = array
+            found[_from_flax(names)] = array.T if names[-1] == "kernel" else array
     except Exception as error:  # a damaged file fails in many ways; none of them is a bug of ours
         raise UserError(f"cannot read {path} as Flax's: {first_line(error)}") from None
     return found
+
+
+def _from_flax(names: Sequence[str]) -> str:
+    """PyTorch's name of a parameter that Flax has under these."""
+    *path, last = names
+    return ".".join((*path, "bias" if last == "bias" else "weight"))
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
