@@ -242,10 +242,10 @@ class DataConfig(Config):
 
     def problems(self) -> list[str]:
         out = self._check_ints(1, "sentencepiece_vocab_size", "bpe_vocab_size")
-        if (self.tokenizer == "json") != (self.tokenizer_file is not None):
+        if self.tokenizer != "json" and self.tokenizer_file is not None:
             out.append(
-                "data.tokenizer json and data.tokenizer_file go together: the file is"
-                f" {self.tokenizer_file!r}, the tokenizer {self.tokenizer}"
+                f"data.tokenizer_file {self.tokenizer_file!r} goes with data.tokenizer json, not"
+                f" {self.tokenizer}"
             )
         words = [token for token in self.special_tokens if len(token.split()) != 1]
         different = {"<|endoftext|>", *self.special_tokens}

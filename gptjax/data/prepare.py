@@ -218,8 +218,10 @@ def given_tokenizer(config: DataConfig) -> Tokenizer | None:
     """One that needs no text to be made. UserError: it cannot be read."""
     if config.tokenizer == "gpt2":
         return Gpt2Tokenizer(added=config.special_tokens)
-    if config.tokenizer_file is None:
+    if config.tokenizer != "json":
         return None
+    if config.tokenizer_file is None:
+        raise UserError("data.tokenizer json takes a file: --data.tokenizer-file tokenizer.json")
     path = files.path(config.tokenizer_file)
     content = files.read_text(path)
     try:

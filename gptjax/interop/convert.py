@@ -73,6 +73,9 @@ def read_pretrained(
         note = f"its vocabulary is that of {data / 'meta.pkl'}: it was trained on {data.name}"
         weights = weights._replace(notes=(*weights.notes, note))
     found = find_tokenizer(tokenizer, path, rows)
+    if found.kind == "json":
+        note = "its tokenizer.json is of no kind that we know; it is used as it is"
+        weights = weights._replace(notes=(*weights.notes, note))
     # Padding is usually up to a power of two.
     likely = (1, *(2**n for n in range(3, 14)), rows)
     multiple = next(m for m in likely if -(-found.n_vocab // m) * m == rows)

@@ -10,8 +10,9 @@ import signal
 import helpers
 import numpy as np
 import pytest
+import tokenizers as hf
 
-from gptjax import config_io, run_metadata
+from gptjax import config_io, run, run_metadata
 from gptjax.checkpoint import Checkpoints
 from gptjax.commands import train
 from gptjax.config import FINETUNE
@@ -149,6 +150,23 @@ def test_init_from_takes_the_architecture_of_the_weights(copy):
     assert config.optimizer == FINETUNE.optimizer and config.init_from == str(copy)
     assert (config.data.tokenizer, runtime.run_dir) == ("char", "runs/run-finetuned")
     assert tokenizer.n_vocab == saved.model.vocab_size
+
+
+def test_init_from_takes_a_tokenizer_file_of_the_weights(gptjax, tmp_path, text_file, small_flags):
+    own = hf.Tokenizer(hf.models.BPE())
+    own.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = hf.decoders.ByteLevel()
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(["a"], hf.trainers.BpeTrainer(initial_alphabet=alphabet))
+    own.save(str(tmp_path / "own.json"))
+    argv = ["train", *small_flags, "--max-steps", "2", "--data.tokenizer", "json"]
+    with pytest.raises(UserError, match=r"takes a file: --data\.tokenizer-file"):
+        gptjax(*argv, "--run-dir", "first")
+    gptjax(*argv, "--data.tokenizer-file", "own.json", "--run-dir", "first")
+    (tmp_path / "own.json").unlink()
+    again = "--data text.txt --max-steps 2 --batch-size 8 --sample-tokens 0 --run-dir second"
+    gptjax("train", "--init-from", "first", *again.split())
+    assert run.load(tmp_path / "second").tokenizer.kind == "json"
 
 
 def test_init_from_refuses_a_given_architecture_that_differs(copy):

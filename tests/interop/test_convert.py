@@ -378,3 +378,26 @@ def test_a_tokenizer_file_is_refused_where_it_cannot_be_expressed(room):
     own.train_from_iterator(["a"], hf.trainers.BpeTrainer(initial_alphabet=alphabet))
     found = room.obstacles(ModelConfig(vocab_size=256), JsonTokenizer(own.to_str()))
     assert any(what.startswith("a json tokenizer") for what in found)
+
+
+def test_a_tokenizer_of_another_kind_comes_and_goes_with_the_weights(tmp_path):
+    own = hf.Tokenizer(hf.models.Unigram())
+    own.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = hf.decoders.ByteLevel()
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(
+        [TEXT], hf.trainers.UnigramTrainer(vocab_size=300, initial_alphabet=alphabet)
+    )
+    tokenizer = JsonTokenizer(own.to_str())
+    make(tmp_path / "model", dataclasses.replace(TINY, vocab_size=tokenizer.n_vocab), tokenizer)
+    said = convert.import_model(str(tmp_path / "model"), tmp_path / "run")
+    assert "note: its tokenizer.json is of no kind that we know; it is used as it is" in said
+    loaded = run_metadata.load_checkpoint(tmp_path / "run", "best")
+    found = find_tokenizer(str(tmp_path / "run"), tmp_path, tokenizer.n_vocab)
+    assert (
+        found.encode(TEXT).tolist() == own.encode(TEXT).ids
+        and found.decode(own.encode(TEXT).ids) == TEXT
+    )
+    write_pretrained(Weights(loaded.metadata.config, loaded.params), found, tmp_path / "again")
+    again = hf.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.encode(TEXT).ids == own.encode(TEXT).ids

@@ -16,7 +16,6 @@ from small_models import SMALL, VARIANTS, assert_bitwise, assert_close, logits, 
 from gptjax import model as ours
 from gptjax.config import TrainConfig
 from gptjax.data.tokenizers import CharTokenizer
-from gptjax.errors import UserError
 from gptjax.interop import convert, hf_tokenizer, huggingface, parameter_names
 from gptjax.interop.tensor_files import FLAX
 from gptjax.interop.weights import Weights
