@@ -248,11 +248,6 @@ def evaluate(
                 f"there are data for {spare[0]}, but the single tasks asked for are"
                 f" {', '.join(sorted(single)) or 'none'}"
             )
-        if num_fewshot and (alone := [path for path in data.values() if not path.is_dir()]):
-            raise UserError(
-                f"{alone[0]} is one split, but the examples of --num-fewshot may come from another;"
-                " name a folder with train.jsonl and validation.jsonl"
-            )
         # In a group a task can be had with other data than its own.
         members = [
             {"task": name, "custom_dataset": functools.partial(_Splits, path)}
@@ -261,10 +256,17 @@ def evaluate(
         given = manager.load({"group": "from files", "task": members})["tasks"] if data else {}
         # `simple_evaluate` does these two as well, and asks git and PyTorch where they are.
         loaded = manager.load([given.get(name, name) for name in dict.fromkeys(tasks)])
-        for task in loaded["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own != 0:  # 0: it has its examples in its texts
-                task.set_config(key="num_fewshot", value=num_fewshot or own or 0)
+        for name, task in loaded["tasks"].items():
+            shots = task.get_config("num_fewshot")
+            if num_fewshot is not None and shots != 0:  # 0: its texts have their examples
+                shots = num_fewshot
+            if shots and name in data and not data[name].is_dir():
+                raise UserError(
+                    f"{data[name]} is one split, but the {shots} solved examples before a question"
+                    f" of {name} may come from another; name a folder with a file for each, such as"
+                    " train.jsonl and test.jsonl, or ask for --num-fewshot 0"
+                )
+            task.set_config(key="num_fewshot", value=shots or 0)
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
         found = lm_eval.evaluate(
             model, loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False

@@ -188,12 +188,20 @@ def test_our_own_hellaswag_and_lambada_have_the_same_numbers(run, ours, files):
     assert last.perplexity == pytest.approx(expected[2], rel=1e-4)
 
 
-def test_a_folder_has_a_file_for_each_split(ours, tmp_path):
+def test_a_folder_has_a_file_for_each_split(ours, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for split, rows in (("train", HELLASWAG[1:] * 3), ("val", HELLASWAG[:1])):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / "data" / f"hellaswag_{split}.jsonl").write_text(lines)
+    prompts = []
+
+    def loglikelihood(asked):
+        prompts.extend(asked)
+        return [(0.0, True)] * 4
+
+    monkeypatch.setattr(ours, "loglikelihood", loglikelihood)
     found = harness.evaluate(ours, ["hellaswag"], {"hellaswag": tmp_path}, num_fewshot=2)
+    assert prompts[0].args[0].count("Skiing: A man looks") == 2
     assert [(row.metric, row.few_shot, row.examples) for row in found.rows] == [
         ("acc", 2, 1),
         ("acc_norm", 2, 1),
@@ -206,7 +214,7 @@ def test_a_folder_has_a_file_for_each_split(ours, tmp_path):
 def test_what_cannot_be_evaluated_is_said_in_one_line(ours, run, files, tmp_path):
     with pytest.raises(UserError, match=r"data for lambada_openai, but .* hellaswag"):
         harness.evaluate(ours, ["hellaswag"], files | {"hellaswag": tmp_path})
-    with pytest.raises(UserError, match="one split, but the examples of --num-fewshot"):
+    with pytest.raises(UserError, match="one split, but the 1 solved examples before"):
         harness.evaluate(ours, [*files], files, num_fewshot=1)
     with pytest.raises(UserError, match=r"cannot evaluate wikitext: KeyError: 'page' \(data that"):
         harness.evaluate(ours, ["wikitext"], {"wikitext": files["lambada_openai"]})
