@@ -135,11 +135,11 @@ def check(config: TrainConfig) -> None:
     known = [name for path, x in flatten_dict(params).items() for name in names(path, x)]
     for pattern in config.freeze:
         if not any(matches(pattern, name) for name in known):
-            tops = sorted({".".join(n.split(".")[: 1 + n.startswith("h.")]) for n in known})
+            tops = sorted({name.split(".")[0] for name in known} - {"h"})
             inside = sorted(n.removeprefix("h.0.") for n in known if n.startswith("h.0."))
             raise UserError(
-                f"freeze: no parameter is called {pattern!r}; there are {', '.join(tops)}; within"
-                f" a layer: {', '.join(inside) or 'none'}"
+                f"freeze: no parameter is called {pattern!r}; there are {', '.join(tops)}, and in"
+                f" each of {config.model.n_layer} layers, such as h.0: {', '.join(inside)}"
             )
     if not num_trained(config):
         raise UserError("freeze: all parameters would be frozen; leave some to train")

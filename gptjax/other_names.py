@@ -74,6 +74,8 @@ HUGGING_FACE = {
     "num_train_epochs": "a run is counted in steps, --max-steps",
     "bf16": "there is --model.dtype bfloat16",
     "max_length": "--max-new-tokens counts what comes after the prompt",
+    "lora_r": "lora_rank",
+    "early_stopping_patience": "patience",
     "num_return_sequences": "num_samples",
     "do_sample": "--temperature 0 always takes the likeliest token",
 }

@@ -283,8 +283,11 @@ def test_a_given_setting_is_kept_though_it_equals_a_default(given, words):
         resume.adopt(ModelConfig(**given), ARCHITECTURE)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete, kind):
+@pytest.mark.parametrize(
+    ("changes", "state_of"),
+    [({}, ""), ({"optimizer.kind": "muon"}, "adamw"), ({"freeze": ("wte",)}, "all parameters")],
+)
+def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete, changes, state_of):
     """Their settings are defaults that nobody has chosen: max_steps 2000, say."""
     with Checkpoints(complete) as checkpoints:
         step = checkpoints.latest_step
@@ -292,11 +295,12 @@ def test_imported_weights_begin_their_own_schedule(tiny, train_tiny, complete, k
         longer = dataclasses.replace(saved.config, max_steps=2000, optimizer=OptimizerConfig())
         imported = dataclasses.replace(saved, config=longer, data_fingerprint=None)
         checkpoints.update_metadata(step, imported.to_dict(), writes=True)
-    config = tiny.config.replace({"max_steps": 14, "optimizer.kind": kind})
+    config = tiny.config.replace({"max_steps": 14} | changes)
     trainer = train_tiny(config, complete).trainer
     assert trainer.config.lr_decay_steps == 14 and trainer.start.origin.startswith("imported")
-    notes = ["note: muon begins anew; the imported state is that of adamw"]
-    assert trainer.start.notes == (notes if kind == "muon" else [])
+    kind = config.optimizer.kind
+    notes = [f"note: {kind} begins anew; the imported state is that of {state_of}"]
+    assert trainer.start.notes == (notes if state_of else [])
 
 
 def test_a_given_tokenizer_must_be_the_weights(tiny):

@@ -42,6 +42,10 @@ def read(*argv):
         ("--qkv-bias none", {"model.qkv_bias": None}),
         ("--save-interval None", {"save_interval": None}),
         ("--attention-pattern dense banded", {"model.attention_pattern": ("dense", "banded")}),
+        (
+            "--lora.rank 8 --lora-targets attn c_fc",
+            {"model.lora_rank": 8, "model.lora_targets": ("attn", "c_fc")},
+        ),
         ("--min-lr -1e-3", {"optimizer.min_lr": -1e-3}),
         ("--data.source -", {"data.source": "-"}),
         ("--data.source=--odd", {"data.source": "--odd"}),
