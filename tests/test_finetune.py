@@ -109,7 +109,7 @@ def test_what_is_frozen_stays_bit_for_bit(kind, pieces):
 
 
 def test_the_gradient_of_what_is_frozen_counts_for_nothing():
-    """The others' are those of the whole model, and the norm is theirs."""
+    """The others' are those of the whole model."""
     config = dataclasses.replace(CONFIG, freeze=("wte", "h.1"))
     state = start_of(config)
     batch = train_step.whole_batch(WINDOWS[None])
@@ -122,9 +122,6 @@ def test_the_gradient_of_what_is_frozen_counts_for_nothing():
     assert flatten_dict(found).keys() == expected.keys()
     for path, x in flatten_dict(found).items():
         np.testing.assert_allclose(x, expected[path], rtol=1e-5, atol=1e-7)
-    metrics = jax.jit(functools.partial(train_step.train_step, config=config))(state, batch)[1]
-    norm = np.sqrt(sum((x.astype("f8") ** 2).sum() for x in expected.values()))
-    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
 
 
 def test_a_frozen_head_gets_no_gradient(monkeypatch):

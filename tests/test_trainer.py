@@ -249,6 +249,7 @@ def test_training_ends_where_the_loss_no_longer_falls(patient, tmp_path):
     assert [row["step"] for row in last.rows] == [10, 11, 12] and not last.trainer.stopped_early
 
 
+@pytest.mark.slow
 def test_patience_survives_a_stop(patient, tmp_path):
     patient(tmp_path / "whole", patience=3)
     patient(tmp_path / "parts", patience=3, stop_after=5)
