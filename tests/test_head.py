@@ -31,6 +31,12 @@ def test_losses_and_gradients_are_those_of_all_logits(chunks, rows):
     losses = head.losses(x, matrix, targets, V)
     np.testing.assert_allclose(losses, plain(x, matrix, targets, V), rtol=1e-5)
 
+    also, hits = head.losses_and_hits(x, matrix, targets, V)
+    np.testing.assert_array_equal(also, losses)
+    np.testing.assert_array_equal(hits, (x @ matrix[:V].T).argmax(-1) == targets)
+    _, hits = head.losses_and_hits(x, matrix, (x @ matrix[:V].T).argmax(-1), V)
+    assert hits.all()
+
     def ours(x, matrix):
         return 3 * head.mean_loss(x, matrix, targets, V)
 

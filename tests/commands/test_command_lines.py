@@ -52,6 +52,8 @@ COMMANDS = {
     ("data", "text.txt"): data.DEFAULTS,
     ("evaluate", "run", "--text", "text.txt"): evaluate.DEFAULTS,
     ("evaluate", "run", "--split", "val"): evaluate.DEFAULTS,
+    ("evaluate", "run", "--wikitext", "text.txt"): evaluate.DEFAULTS,
+    ("evaluate", "run", "--lambada", "text.txt"): evaluate.DEFAULTS,
     ("compare", "run", "--steps", "1", "--greedy-tokens", "2"): compare.DEFAULTS,
     ("convert", "export", "run", "out"): convert.DEFAULTS[1:],
     ("convert", "import", "exported", "imported"): convert.DEFAULTS[:1],

@@ -4,12 +4,13 @@ import json
 import math
 import re
 import shutil
+import sys
 
 import helpers
 import numpy as np
 import pytest
 
-from gptjax import config_io, run
+from gptjax import config_io, evals, run
 from gptjax.commands import bench
 from gptjax.data import token_files
 from gptjax.errors import UserError
@@ -113,6 +114,14 @@ def test_evaluate_runs_tasks_of_the_harness(trained, gptjax, tmp_path):
     assert title.startswith(f"{trained[0]}, step 30, in float32, on lm-evaluation-harness ")
     for line, metric in ((acc, "acc"), (acc_norm, "acc_norm")):
         assert re.fullmatch(rf"hellaswag +1.0 +{metric} +[01].0000 +0.0000 +0 +2", line), line
+
+
+def test_without_the_harness_its_tasks_are_refused(trained, gptjax, monkeypatch):
+    monkeypatch.delitem(sys.modules, "gptjax.evals.harness", raising=False)
+    monkeypatch.delattr(evals, "harness", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"not installed: pip install 'gptjax\[harness\]'"):
+        gptjax("evaluate", trained[0], "--tasks", "hellaswag")
 
 
 def test_runs_lists_every_run_of_a_folder(trained, gptjax, tmp_path):

@@ -189,6 +189,34 @@ def test_rows_of_tables_are_documents(tmp_path, monkeypatch):
     assert "3 as a table" in Corpus(str(tmp_path)).describe()
 
 
+def test_rows_have_all_their_fields_wherever_they_lie(tmp_path):
+    rows = [{"a": "é", "b": [1, 2]}, {"a": "", "b": []}]
+    lines = "".join(f"{json.dumps(row)}\n\n" for row in rows)
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    (tmp_path / "e.jsonl").write_text(f"\ufeff{lines}")
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "g").write_text(lines)  # lines of JSON, whatever the name
+    found = {path: [*readers.rows(path)] for path in _tables(tmp_path, rows)}
+    assert len(found) == 7
+    assert all([row for _, row in each] == rows for each in found.values())
+    assert {each[1][0].rpartition(", ")[2] for each in found.values()} == {
+        "row 2",
+        "item 2",
+        "line 3",
+    }
+    for content, words in (("[1]", "item 1 is not a JSON object: 1"), ("", "is empty")):
+        (tmp_path / "g").write_text(content)
+        with pytest.raises(UserError, match=words):
+            [*readers.rows(tmp_path / "g")]
+
+
+@given(damaged(b'[{"a": 1}, {"a": 2}]'))
+def test_damaged_rows_are_read_or_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("r") / "a.json"
+    path.write_bytes(content)
+    read_or_refuse(lambda: [*readers.rows(path)], path)
+
+
 def test_a_row_without_text_is_named(tmp_path):
     for path in _tables(tmp_path, [{"text": "a"}, {"text": None}]):
         with pytest.raises(UserError, match=r"row 2 has no string `text`.*--data.text-field names"):
