@@ -1,6 +1,7 @@
 """Eight CPU devices, and what tests get from pytest. All else that they share is in `helpers`."""
 
 import functools
+import random
 import signal
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def pytest_addoption(parser):
     parser.addoption("--command-lines", type=int, default=40, help="how many odd ones are tried")
     parser.addoption("--soak-seed", type=int, default=0, help="of the moments when it does")
     parser.addoption("--until", type=float, help="skip what would begin after this (date +%%s)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where there is no time for all of them, others are skipped each time."""
+    if until := config.getoption("--until"):
+        modules = [*dict.fromkeys(item.module.__name__ for item in items)]
+        random.Random(until).shuffle(modules)
+        items.sort(key=lambda item: modules.index(item.module.__name__))
 
 
 def pytest_runtest_setup(item):
