@@ -172,6 +172,9 @@ class ModelConfig(Config):
             out.append(f"model.lora_rank {self.lora_rank} must be at most n_embd {self.n_embd}")
         if not 0 < self.lora_alpha <= sys.float_info.max:
             out.append(f"model.lora_alpha {self.lora_alpha} must be a finite number above 0")
+        for name in ("lora_alpha", "lora_targets"):
+            if not self.lora_rank and getattr(self, name) != getattr(ModelConfig, name):
+                out.append(f"model.{name} takes a model.lora_rank above 0")
         if not self.lora_targets:
             out.append("model.lora_targets is empty; expected c_attn, c_proj, c_fc, attn or mlp")
         if self.position == "sinusoidal" and self.n_embd % 2:
