@@ -261,12 +261,14 @@ class Trainer:
         if self.stopped_early and not self.stopped_by:
             self.checkpoints.wait()
             count, best = self.evaluations_since_best, self.checkpoints.candidates("best")[0]
+            loss = self.checkpoints.read_metadata(best)["val_loss"]
+            began = " (the weights it began with were better)" * (loss != self.best_val_loss)
             self._call(
                 "on_note",
                 f"stopped early at step {self.step}: no better validation loss than"
                 f" {self.best_val_loss:.4f} in {count} evaluation{'s' * (count > 1)} (--patience"
-                f" {self.runtime.patience}); the best checkpoint is that of step {best}; a larger"
-                " --patience goes on",
+                f" {self.runtime.patience}); the best checkpoint is that of step {best}{began};"
+                " a larger --patience goes on",
             )
         self._call("on_end")
 

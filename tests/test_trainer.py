@@ -249,6 +249,17 @@ def test_training_ends_where_the_loss_no_longer_falls(patient, tmp_path):
     assert [row["step"] for row in last.rows] == [10, 11, 12] and not last.trainer.stopped_early
 
 
+def test_it_is_said_where_no_checkpoint_is_better_than_the_first_weights(
+    patient, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, _: [2.0, 3.0, 2.5][self.step])
+    assert patient(tmp_path / "run", patience=2).events[-2] == (
+        "stopped early at step 2: no better validation loss than 2.0000 in 2 evaluations"
+        " (--patience 2); the best checkpoint is that of step 2 (the weights it began with were"
+        " better); a larger --patience goes on"
+    )
+
+
 @pytest.mark.slow
 def test_patience_survives_a_stop(patient, tmp_path):
     patient(tmp_path / "whole", patience=3)
