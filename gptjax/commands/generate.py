@@ -88,6 +88,8 @@ class GenerateFlags(GenerationConfig):
                 out.append(f"--num-beams does not go with {', '.join(wrong or ['endless text'])}")
             if self.num_samples > self.num_beams:
                 out.append(f"of {self.num_beams} beams there cannot be {self.num_samples} samples")
+        elif "length_penalty" in self.given:
+            out.append("--length-penalty goes with --num-beams")
         if not -1e6 <= self.length_penalty <= 1e6:
             out.append(f"length_penalty {self.length_penalty} is outside [-1e6, 1e6]")
         if not 0 <= (self.logprobs or 0) <= 10:

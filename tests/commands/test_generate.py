@@ -57,6 +57,8 @@ def test_beams_are_searched_and_the_best_printed(moved, gptjax):
         gptjax(*argv, "--temperature", "0.5", "--top-k", "3")
     with pytest.raises(UserError, match="of 1 beams there cannot be 2 samples"):
         gptjax(*argv, "--num-beams", "1")
+    with pytest.raises(UserError, match="--length-penalty goes with --num-beams"):
+        gptjax("generate", moved, "--length-penalty", "2")
 
 
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
