@@ -95,6 +95,7 @@ def read_settings(
     elif folder and (saved := saved_settings(files.path(folder))):
         name, (config, runtime) = Path(folder).name, saved
         data = {f"data.{name}": value for name, value in config_io.flatten(config.data).items()}
+        del data["data.pack"]  # it changes no token
         if any(given.get(name, value) != value for name, value in data.items()):
             given.setdefault("data.dir", None)  # not the old text's
     elif origin:

@@ -77,6 +77,12 @@ def test_the_settings_of_a_run_are_the_default_when_resumed(copy):
     assert tokenizer.n_vocab == config.model.vocab_size
 
 
+def test_a_resume_that_packs_otherwise_keeps_the_tokens(copy):
+    config = settings(copy.parent, "--run-dir", "run", "--data.pack", "documents")[0]
+    saved = settings(copy.parent, "--run-dir", "run")[0]
+    assert config.data == saved.data.replace(pack="documents") and config.data.dir
+
+
 def test_without_config_json_the_checkpoint_has_the_settings(copy):
     before = settings(copy.parent, "run")[:2]
     (copy / "config.json").unlink()
