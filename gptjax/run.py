@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -156,7 +157,11 @@ class Run:
         Raises:
             UserError: as `generate`; or so many beams do not fit the memory.
         """
-        settings = GenerationConfig(max_new_tokens=max_new_tokens, num_samples=num_beams)
+        if num_beams < 1 or not math.isfinite(length_penalty):
+            raise UserError(
+                f"num_beams {num_beams} must be at least 1, length_penalty {length_penalty} finite"
+            )
+        settings = GenerationConfig(max_new_tokens=max_new_tokens)
         if prompt is None or isinstance(prompt, str):
             ids = prompt_ids(self.tokenizer, prompt)
         else:

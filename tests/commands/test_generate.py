@@ -57,6 +57,9 @@ def test_beams_are_searched_and_the_best_printed(moved, gptjax):
         gptjax(*argv, "--temperature", "0.5", "--top-k", "3")
     with pytest.raises(UserError, match="of 1 beams there cannot be 2 samples"):
         gptjax(*argv, "--num-beams", "1")
+    for wrong in ({"num_beams": 0}, {"length_penalty": float("nan")}):
+        with pytest.raises(UserError, match=r"num_beams \d must be at least 1, length_penalty"):
+            run.load(moved).beam_search(**wrong)
     with pytest.raises(UserError, match="--length-penalty goes with --num-beams"):
         gptjax("generate", moved, "--length-penalty", "2")
 
