@@ -113,7 +113,7 @@ def read(folder: Path) -> Tokenizer | None:
         if (folder / "tokenizer.model").is_file():
             return _from_sentencepiece((folder / "tokenizer.model").read_bytes())
         if (path := folder / "tokenizer.json").is_file():
-            content = path.read_text()
+            content = path.read_text("utf-8")
             try:
                 return _from_hf(HfTokenizer.from_str(content))
             except ValueError:
@@ -123,7 +123,7 @@ def read(folder: Path) -> Tokenizer | None:
                 return _from_hf(_from_vocab_files(folder / vocab, folder / merges))
     except Exception as error:  # the package raises nothing more special
         raise UserError(
-            f"the tokenizer in {folder} is damaged, or not char, GPT-2's or SentencePiece's"
+            f"the tokenizer in {folder} is damaged, or of a kind that cannot be followed exactly"
             f" ({first_line(error)}); name another with --tokenizer"
         ) from None
     return None
