@@ -57,7 +57,8 @@ class History(Callback):
         self._add("sample", step, text=text)
 
     def on_end(self, trainer: Trainer) -> None:
-        self._add("end", self._saved, signal=trainer.stopped_by)
+        early = {"stopped_early": True} if trainer.stopped_early else {}
+        self._add("end", self._saved, signal=trainer.stopped_by, **early)
 
     def _add(self, event: str, step: int, **more: Any) -> None:
         """Replaces the file as a whole: in a bucket there is no other way, and it stays small."""

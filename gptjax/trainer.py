@@ -258,19 +258,31 @@ class Trainer:
         if first < last and not self.stopped_by and not self.stopped_early:
             with Prefetch(self.batch, last) as batches:
                 self._take_steps(first, last, batches)
-        if self.stopped_early and not self.stopped_by:
-            self.checkpoints.wait()
-            count, best = self.evaluations_since_best, self.checkpoints.candidates("best")[0]
-            loss = self.checkpoints.read_metadata(best)["val_loss"]
-            began = " (the weights it began with were better)" * (loss != self.best_val_loss)
+        if self.best_val_loss is not None and not self.stopped_by:
+            self._note_how_it_ended()
+        self._call("on_end")
+
+    def _note_how_it_ended(self) -> None:
+        """Where it was before the last step, or all was in vain."""
+        self.checkpoints.wait()
+        best = self.checkpoints.candidates("best")[0]
+        if self.stopped_early:
+            count = self.evaluations_since_best
             self._call(
                 "on_note",
                 f"stopped early at step {self.step}: no better validation loss than"
                 f" {self.best_val_loss:.4f} in {count} evaluation{'s' * (count > 1)} (--patience"
-                f" {self.runtime.patience}); the best checkpoint is that of step {best}{began};"
+                f" {self.runtime.patience}); the best checkpoint is that of step {best};"
                 " a larger --patience goes on",
             )
-        self._call("on_end")
+        loss = self.checkpoints.read_metadata(best)["val_loss"]
+        if loss is not None and loss > self.best_val_loss:
+            self._call(
+                "on_note",
+                f"note: the best validation loss, {self.best_val_loss:.4f}, is that of no"
+                " checkpoint (the weights that training began with are not saved); the best"
+                f" checkpoint is that of step {best}, with {loss:.4f}",
+            )
 
     @property
     def stopped_early(self) -> bool:

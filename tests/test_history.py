@@ -10,6 +10,8 @@ from gptjax import history, run_logs
 from gptjax.data.tokenizers import Gpt2Tokenizer
 from gptjax.errors import RunError, UserError
 from gptjax.history import History
+from gptjax.trainer import Trainer
+from gptjax.viz import report
 
 
 def events(run_dir):
@@ -23,6 +25,17 @@ class Sampler(tiny_runs.Recorder):
     def on_evaluate(self, trainer, row, best):
         if row["step"]:
             trainer.sample(row["step"])
+
+
+def test_an_early_stop_is_recorded(tmp_path, train_tiny, monkeypatch):
+    losses = [4.0, 2.0, 2.5, 2.5]
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, _: losses[self.step])
+    config = tiny_runs.make_config(tmp_path)
+    how = {"eval_interval": 1, "patience": 2, "callbacks": [History()]}
+    train_tiny(config, tmp_path / "run", **how)
+    *_, end = run_logs.read_history(tmp_path / "run" / "history.jsonl")
+    assert (end["event"], end["step"], end["stopped_early"]) == ("end", 3, True)
+    assert [x["early"] for x in report.gather([tmp_path / "run"])["runs"][0]["starts"]] == [True]
 
 
 def test_a_run_and_its_resume_are_one_history(tmp_path, train_tiny):

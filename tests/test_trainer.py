@@ -252,12 +252,14 @@ def test_training_ends_where_the_loss_no_longer_falls(patient, tmp_path):
 def test_it_is_said_where_no_checkpoint_is_better_than_the_first_weights(
     patient, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Trainer, "evaluate", lambda self, _: [2.0, 3.0, 2.5][self.step])
-    assert patient(tmp_path / "run", patience=2).events[-2] == (
-        "stopped early at step 2: no better validation loss than 2.0000 in 2 evaluations"
-        " (--patience 2); the best checkpoint is that of step 2 (the weights it began with were"
-        " better); a larger --patience goes on"
-    )
+    for patience, losses in ((2, [2.0, 3.0, 2.5]), (None, [2.0, 3.0, 2.5, *[2.6] * 10])):
+        monkeypatch.setattr(Trainer, "evaluate", lambda self, _, of=losses: of[self.step])
+        *_, said, end = patient(tmp_path / f"run{patience}", patience=patience).events
+        assert end == "end" and said == (
+            "note: the best validation loss, 2.0000, is that of no checkpoint (the weights that"
+            " training began with are not saved); the best checkpoint is that of step 2, with"
+            " 2.5000"
+        )
 
 
 @pytest.mark.slow

@@ -78,7 +78,8 @@ def _gather_one(run_dir: Path) -> dict[str, Any]:
             {
                 "step": event["step"],
                 "time": run_logs.finite(event["time"]),
-                "end": _end(history, event),
+                "end": (ended := _end(history, event)).get("step"),
+                "early": ended.get("stopped_early", False),
                 "machine": f"{event.get('devices', '')}, {event.get('machine', '')}",
                 "versions": f"gptjax {event.get('gptjax')}, JAX {event.get('jax')}",
             }
@@ -121,11 +122,11 @@ def _same(runs: Sequence[dict[str, Any]], name: str) -> bool:
     return len({each.partition(" (")[0] for each in known}) < 2 and len(whole) < 2
 
 
-def _end(history: list[dict[str, Any]], start: dict[str, Any]) -> int | None:
-    """At which step a process ended; None: it was killed, or is at work."""
+def _end(history: list[dict[str, Any]], start: dict[str, Any]) -> dict[str, Any]:
+    """The event with which a process ended; {}: it was killed, or is at work."""
     after = history[history.index(start) + 1 :]
     ended = next((event for event in after if event["event"] in ("start", "end")), None)
-    return ended["step"] if ended and ended["event"] == "end" else None
+    return ended if ended and ended["event"] == "end" else {}
 
 
 def to_html(gathered: dict[str, Any], *, live: bool = False) -> str:

@@ -210,7 +210,7 @@
       pair.append(element("dt", name), element("dd", value));
       return pair;
     }));
-    table("starts", ["run", "when", "from step", "to step", "machine", "versions"], data.runs.flatMap((run) => run.starts.map((start) => [run.name, new Date(start.time * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }), whole(start.step), start.end == null ? "" : whole(start.end), start.machine, start.versions])), { numeric: [2, 3] });
+    table("starts", ["run", "when", "from step", "to step", "machine", "versions"], data.runs.flatMap((run) => run.starts.map((start) => [run.name, new Date(start.time * 1000).toLocaleString("en-GB", { dateStyle: "medium", timeStyle: "short" }), whole(start.step), start.end == null ? "" : whole(start.end) + (start.early ? ", stopped early" : ""), start.machine, start.versions])), { numeric: [2, 3] });
     find("starts").closest("section").hidden = !data.runs.some((run) => run.starts.length);
     press();
     drawAll();
