@@ -59,7 +59,8 @@ def detokenise(text: str) -> str:
     lm-evaluation-harness and of most published numbers, to be comparable with these: that which
     makes " N " a 1, say, is meant for the Penn Treebank, and WikiText has degrees north."""
     text = text.replace("s '", "s'")
-    text = re.sub(" @([-,.])@ ", r"\1", text)
+    for mark in "-,.":  # one after the other: two of them may share a space
+        text = text.replace(f" @{mark}@ ", mark)
     for mark in ":;.!?,":
         text = text.replace(f" {mark} ", f"{mark} ")
     for opening, closing in PAIRS:

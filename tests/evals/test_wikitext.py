@@ -37,6 +37,7 @@ def test_a_text_is_put_together_again():
     st.lists(st.sampled_from([*"@-,.;!?:()[]{}\"'=°N \n  s12a\u2028"]), max_size=40).map("".join)
 )
 @example(ORIGINAL)
+@example(" @,@ @-@ @.@ @,@ ")  # two share a space
 @example(" @,@ @.@  , , . ( ( a ) b ) \" c ' d \" ' = = = = = 's ' 63 ° N , ")
 def test_it_is_what_the_harness_makes_of_it(text):
     pytest.importorskip("lm_eval", reason="needs the extra harness")
