@@ -74,6 +74,6 @@ def main(argv: list[str], prog: str) -> None:
             for token, logprob in zip(spelled, logprobs, strict=True):
                 print(f"{'-' if logprob is None else format(logprob, '.4f'):>12}  {token!r}")
     mean = f", {-total / count:.4f} nats per token" if count else ""
-    perplexity = f", perplexity {math.exp(min(700.0, -total / count)):.4f}" if count else ""
+    perplexity = f", perplexity {math.exp(min(-total / count, 700.0)):.4f}" if count else ""
     said = f"{len(texts)} texts: log-probability {total:.4f} of {count} tokens{mean}{perplexity}"
     print(f"[{run_dir}, step {model.step}, in {model.config.dtype}: {said}]", file=sys.stderr)

@@ -50,7 +50,7 @@ class TextResult(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(700.0, self.loss))  # a larger one is no float
+        return math.exp(min(self.loss, 700.0))  # a larger one is no float; NaN stays
 
     def report(self) -> str:
         """What was evaluated, and a line for each number."""

@@ -103,6 +103,6 @@ def evaluate_wikitext(
         f"{found.description}, {wikitext.words:,} words",
         found.tokens,
         found.loss,
-        math.exp(min(700.0, nats / max(1, wikitext.words))),
+        math.exp(min(nats / max(1, wikitext.words), 700.0)),
         found.bits_per_byte,
     )

@@ -12,6 +12,7 @@ from hypothesis import given
 from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import CharTokenizer, Gpt2Tokenizer
 from gptjax.errors import UserError
+from gptjax.evals.continuations import Continuation
 from gptjax.evals.lambada import evaluate_passages, read_passages
 
 CONFIG = ModelConfig(2, 2, 16, block_size=24, vocab_size=40)
@@ -48,6 +49,16 @@ def test_a_word_is_right_if_all_its_tokens_are_the_likeliest(tmp_path):
 
     found = evaluate_passages(likes_b, read_passages(path, LETTERS), CONFIG, name="l", batch_size=4)
     assert (found.acc, found.perplexity) == (1 / 3, pytest.approx(math.exp(3)))
+
+
+def test_a_broken_model_has_no_number():
+    passages = [Continuation([1], [2])]
+    for nats, expected in ((np.nan, math.isnan), (1e9, math.isfinite)):
+        found = evaluate_passages(
+            lambda windows, weights, nats=nats: np.full((1, 2), nats),
+            passages, CONFIG, name="l", batch_size=1,
+        )  # fmt: skip
+        assert expected(found.perplexity)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,11 @@ def test_the_report_names_the_text_and_every_number(losses):
     }
 
 
+def test_a_broken_model_has_no_perplexity():
+    assert math.isnan(perplexity.TextResult("t", 1, math.nan, 0, 0).perplexity)
+    assert math.isfinite(perplexity.TextResult("t", 1, 1e9, 0, 0).perplexity)
+
+
 def test_nothing_to_predict_and_unequal_hosts_are_refused(losses, monkeypatch):
     with pytest.raises(UserError, match="one token"):
         evaluate_text(losses, TEXT._replace(tokens=TOKENS[:1]), CONFIG, batch_size=8)
