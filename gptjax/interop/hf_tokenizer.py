@@ -46,10 +46,11 @@ def write(tokenizer: Tokenizer, folder: Path, block_size: int) -> None:
     if isinstance(tokenizer, Gpt2Tokenizer):
         converted.model.save(str(folder))
         config |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
-        config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        config |= dict.fromkeys(("bos_token", "unk_token"), END_OF_TEXT)
     elif isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.model)
-        config["eos_token"] = tokenizer.piece(tokenizer.eot)
+    if tokenizer.eot is not None:
+        config["eos_token"] = converted.id_to_token(tokenizer.eot)
     converted.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

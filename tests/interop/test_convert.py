@@ -401,3 +401,18 @@ def test_a_tokenizer_of_another_kind_comes_and_goes_with_the_weights(tmp_path):
     write_pretrained(Weights(loaded.metadata.config, loaded.params), found, tmp_path / "again")
     again = hf.Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
     assert again.encode(TEXT).ids == own.encode(TEXT).ids
+
+
+def test_transformers_knows_what_ends_a_text(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the extra torch")
+    own = hf.Tokenizer(hf.models.BPE())
+    own.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own.decoder = hf.decoders.ByteLevel()
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator([TEXT], hf.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<pad>", "</s>"]
+    ))  # fmt: skip
+    tokenizer = JsonTokenizer(own.to_str())
+    make(tmp_path / "model", dataclasses.replace(TINY, vocab_size=tokenizer.n_vocab), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (theirs.eos_token, theirs.eos_token_id) == ("</s>", tokenizer.eot)
