@@ -36,6 +36,7 @@ try:  # optional
     import lm_eval
     import tqdm
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
@@ -49,6 +50,9 @@ SPLITS = {
     "test": {"test"},
 }
 """What a split's file is called, as a word of its name."""
+
+PART = re.compile("-[0-9]+-of-[0-9]+")
+"""What a name has of a split in several files, which belong together."""
 
 FEWSHOT_SEED = 1234
 """As the harness has it. It chooses the solved examples."""
@@ -152,14 +156,14 @@ class HarnessModel(TemplateLM):
         return unstack(self._run.params, self._config)
 
     def _continue(self, text: str, options: Mapping[str, Any]) -> str:
-        until, tokenizer = options.get("until") or [], self._run.tokenizer
-        temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
+        tokenizer, asked = self._run.tokenizer, normalize_gen_kwargs({**options})
+        temperature = asked.get("temperature", 1.0) if asked["do_sample"] else 0.0
         settings = GenerationConfig(
-            max_new_tokens=options.get("max_gen_toks", 256),
+            max_new_tokens=asked["max_gen_toks"],
             temperature=temperature,
-            top_k=options.get("top_k", 50 if temperature else 0),
-            top_p=options.get("top_p", 1.0),
-            stop=(until,) if isinstance(until, str) else tuple(filter(None, until)),
+            top_k=asked.get("top_k", 50 if temperature else 0),
+            top_p=asked.get("top_p", 1.0),
+            stop=tuple(filter(None, asked["until"])),
         )
         room = self.max_length - settings.max_new_tokens
         if room < 1:
@@ -315,6 +319,13 @@ class _Splits(dict[str, Any]):
             if not paths:
                 raise UserError(
                     f"{self._path} has no file of the {split} split, such as {split}.jsonl"
+                )
+            # A copy of a repository may have other languages or subsets beside the one.
+            if len(kinds := {PART.sub("", str(p.relative_to(self._path))) for p in paths}) > 1:
+                raise UserError(
+                    f"{self._path} has several files of the {split} split:"
+                    f" {', '.join(sorted(kinds))}; name one of them, or a folder with one of each"
+                    " split"
                 )
         rows = [row for path in paths for _, row in readers.rows(path)]
         try:

@@ -118,6 +118,7 @@ def test_what_is_generated_is_the_greedy_continuation(run, ours):
     asked = [
         ("now is", {"until": ["zzz"], "max_gen_toks": 8}),
         ("now is", {"until": "", "max_gen_toks": 8, "do_sample": True, "temperature": 0.0}),
+        ("now is", {"max_new_tokens": 8}),  # as the harness, also by Hugging Face's name
         (long, {"max_gen_toks": 8, "do_sample": False, "temperature": 2.0}),
     ]
     found = ours.generate_until(requests("generate_until", asked))
@@ -128,7 +129,9 @@ def test_what_is_generated_is_the_greedy_continuation(run, ours):
             own.append(int(run.logits(padded)[len(own) - 1].argmax()))
     assert run.tokenizer.eot not in ids[0] + ids[1]
     texts = [run.tokenizer.decode(own[-8:]) for own in ids]
-    assert found == [texts[0], texts[0], texts[1]]
+    assert found == [texts[0], texts[0], texts[0], texts[1]]
+    asked = [("now is", {"max_gen_toks": 8, "temperature": 9.0})]  # which alone means to sample
+    assert ours.generate_until(requests("generate_until", asked)) != [texts[0]]
     stop = texts[0][3:5]
     asked = [("now is", {"until": [stop], "max_gen_toks": 8})]
     assert ours.generate_until(requests("generate_until", asked)) == [texts[0].split(stop)[0]]
@@ -209,6 +212,18 @@ def test_a_folder_has_a_file_for_each_split(ours, tmp_path, monkeypatch):
     (tmp_path / "data" / "hellaswag_train.jsonl").unlink()
     with pytest.raises(UserError, match=f"{tmp_path} has no file of the train split"):
         harness.evaluate(ours, ["hellaswag"], {"hellaswag": tmp_path})
+
+
+def test_what_lies_beside_a_split_is_not_mixed_in(tmp_path):
+    """As other languages and subsets do in copies of public repositories."""
+    for name in ("x/test-00000-of-00002", "x/test-00001-of-00002", "x/lambada_test_de", "y/test"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a b"}\n')
+        if name.endswith("1-of-00002"):
+            assert len(harness._Splits(tmp_path)["test"]) == 2
+    listed = "x/lambada_test_de.jsonl, x/test.jsonl, y/test.jsonl; name one"
+    with pytest.raises(UserError, match=f"several files of the test split: {listed}"):
+        harness._Splits(tmp_path)["test"]
 
 
 def test_what_cannot_be_evaluated_is_said_in_one_line(ours, run, files, tmp_path):
