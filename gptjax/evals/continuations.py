@@ -82,8 +82,9 @@ def score(
             f"{len(too_long)} of {len(texts)} continuations are longer than the model's block_size"
             f" {size} (the longest has {max(too_long)} tokens)"
         )
-    # Texts of similar length together, for little padding.
-    order = sorted(range(len(texts)), key=lambda i: sum(map(len, texts[i])))
+    # Texts of similar length together, for little padding; the longest first, so that what does
+    # not fit the memory fails at once.
+    order = sorted(range(len(texts)), key=lambda i: -sum(map(len, texts[i])))
     ours = hosts.host_rows(batch_size)
     nats, greedy = np.zeros(len(texts)), np.zeros(len(texts), bool)
     for done in range(0, len(order), batch_size):

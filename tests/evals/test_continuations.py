@@ -43,7 +43,7 @@ def test_a_text_has_its_likelihood_after_the_context(found_scores, nats, rows):
     assert seen[-1] == (5, 5) and len(seen) == -(-5 // rows)
 
 
-def test_texts_are_padded_to_few_lengths(found_scores):
+def test_texts_are_padded_to_few_lengths_the_longest_first(found_scores):
     """Each is a compilation."""
     seen = []
 
@@ -53,7 +53,7 @@ def test_texts_are_padded_to_few_lengths(found_scores):
 
     texts = [Continuation(TOKENS[:1], TOKENS[:n]) for n in (16, 2, 29, 17)]
     score(counted, texts, CONFIG, batch_size=1)
-    assert seen == [16, 16, 32, 32]
+    assert seen == [32, 32, 16, 16]
 
 
 @pytest.mark.parametrize("kind", ["pmap", "fsdp"])
