@@ -46,7 +46,7 @@ def print_training(
         model, runtime, devices[0], train=True, packed=config.data.packed
     )
     layers = "unrolled" if compute.scan_unroll >= model.n_layer else "in a loop"
-    trained = f" ({finetune.of_all(config)} trained)" if finetune.is_partial(config) else ""
+    trained = f" ({finetune.describe(config)} trained)" if finetune.is_partial(config) else ""
     temporary = max(0, found.step - kinds["activations"])
     print(
         f"model      {model.num_parameters():,} parameters{trained}, batch"

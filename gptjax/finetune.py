@@ -115,7 +115,7 @@ def is_partial(config: TrainConfig) -> bool:
     return bool(config.freeze or config.model.lora_rank)
 
 
-def of_all(config: TrainConfig) -> str:
+def describe(config: TrainConfig) -> str:
     """ "294,912 of 124,734,720"."""
     return f"{num_trained(config):,} of {config.model.num_parameters():,}"
 

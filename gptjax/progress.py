@@ -230,7 +230,7 @@ def describe(trainer: Trainer) -> str:
         layers = f"layers     a loop; the backward pass computes again {again}\n"
     trained = ""
     if finetune.is_partial(config):
-        trained = f"trained    {finetune.of_all(config)} parameters\n"
+        trained = f"trained    {finetune.describe(config)} parameters\n"
     folder = config.data.dir or "."
     return (
         f"run        {trainer.checkpoints.run_dir} ({trainer.start.origin})\n"

@@ -273,7 +273,7 @@ def test_numbers_that_are_trained_are_counted():
     """GPT-2 124M: rank 8 of c_attn alone has 12 x 8 x (768 + 2304)."""
     gpt2 = gptjax.PRESETS["gpt2"]
     config = TrainConfig(gpt2.replace(lora_rank=8))
-    assert finetune.of_all(config) == "294,912 of 124,734,720"
+    assert finetune.describe(config) == "294,912 of 124,734,720"
     for each in (config.model, gpt2.replace(lora_rank=4, lora_targets=("mlp", "c_proj"))):
         shapes = jax.eval_shape(functools.partial(model.init, each), jax.random.key(0))
         assert each.num_parameters() == sum(x.size for x in jax.tree.leaves(shapes))

@@ -14,14 +14,15 @@ from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import Tokenizer
 from gptjax.devices import hosts
 from gptjax.devices.base import Strategy
-from gptjax.errors import UserError
+from gptjax.errors import RunError, UserError
 from gptjax.model import Params, features
 from gptjax.runtime_config import ComputeConfig
 from gptjax.sampling import bucket
 
 Scores = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(this host's int32 windows [R, T + 1], float32 weights [R, T]) -> float32 [rows of all hosts, 2]:
-the weighted sums of the targets' nats, and of the targets that are not the likeliest token."""
+"""(this host's int32 windows [R, T + 1]; int32 [R, M], the places of the tokens before those that
+count, -1: none) -> float32 [rows of all hosts, 2]: the nats of the tokens that count, and how many
+of them are not the likeliest."""
 
 
 class Continuation(NamedTuple):
@@ -46,15 +47,19 @@ def scores(
 ) -> Scores:
     """Of a model over all devices; `params` are in the strategy's layout for training."""
 
-    def step(params: Params, windows: jax.Array, weights: jax.Array) -> jax.Array:
+    def step(params: Params, windows: jax.Array, places: jax.Array) -> jax.Array:
         x, output, _ = features(config, params, windows[:, :-1], compute=compute)
-        nats, hits = head.losses_and_hits(x, output, windows[:, 1:], config.vocab_size)
-        return jnp.stack([(nats * weights).sum(-1), (~hits * weights).sum(-1)], axis=-1)
+        # Few tokens count, and the head is a large part of a small model.
+        counts, at = places >= 0, jnp.maximum(places, 0)
+        x = jnp.take_along_axis(x, at[..., None], axis=1)
+        targets = jnp.take_along_axis(windows[:, 1:], at, axis=1)
+        nats, hits = head.losses_and_hits(x, output, targets, config.vocab_size)
+        return jnp.stack([(nats * counts).sum(-1), (~hits & counts).sum(-1)], axis=-1)
 
     mapped = functools.partial(strategy.map_eval_step(step), params)
 
-    def found(windows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        return mapped(windows, weights)[0].reshape(-1, 2)
+    def found(windows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        return mapped(windows, places)[0].reshape(-1, 2)
 
     return found
 
@@ -72,6 +77,7 @@ def score(
         progress: told how many of how many are done.
 
     UserError: a continuation alone does not fit the block, or the hosts have different texts.
+    RunError: a likelihood is not finite.
     """
     size = config.block_size
     ids = [[np.asarray(part).tolist() for part in text] for text in texts]
@@ -92,12 +98,16 @@ def score(
         parts = [np.concatenate(texts[i])[-size - 1 :] for i in chosen]
         length = bucket(max(1, max(map(len, parts)) - 1), size)
         batch = np.zeros((batch_size, length + 1), "i4")
-        weights = np.zeros((batch_size, length), "f4")
+        most = max(len(texts[i].tokens) for i in chosen)
+        places = np.full((batch_size, bucket(max(1, most), length)), -1, "i4")
         for row, (i, part) in enumerate(zip(chosen, parts, strict=True)):
             batch[row, : len(part)] = part
             # Those that predict the continuation; its first token needs one before it.
-            weights[row, max(0, len(part) - len(texts[i].tokens) - 1) : len(part) - 1] = 1
-        found = scores(batch[ours], weights[ours])[: len(chosen)]
+            at = np.arange(max(0, len(part) - len(texts[i].tokens) - 1), len(part) - 1)
+            places[row, : len(at)] = at
+        found = scores(batch[ours], places[ours])[: len(chosen)]
+        if not np.isfinite(found).all():
+            raise RunError("the model's likelihoods are not finite: its weights are damaged")
         nats[chosen], greedy[chosen] = found[:, 0], found[:, 1] == 0
         progress(min(done + batch_size, len(order)), len(order))
     return nats, greedy

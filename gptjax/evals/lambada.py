@@ -59,7 +59,7 @@ def evaluate_passages(
     nats, greedy = continuations.score(
         scores, passages, config, batch_size=batch_size, progress=progress
     )
-    mean = min(float(nats.mean()), 700.0)  # of a larger one exp is no float; NaN stays
+    mean = min(float(nats.mean()), 700.0)  # of a larger one exp is no float
     return LambadaResult(
         f"{name}: {len(passages):,} passages", math.exp(mean), float(greedy.mean())
     )

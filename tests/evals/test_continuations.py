@@ -1,17 +1,20 @@
 """Likelihoods of texts after their contexts, whatever the batches, and greedy ones."""
 
 import functools
+import types
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 
-from gptjax import model
+from gptjax import head, model
 from gptjax.config import ModelConfig
 from gptjax.data.tokenizers import CharTokenizer
 from gptjax.devices import hosts
 from gptjax.devices.strategy import get_strategy
-from gptjax.errors import UserError
+from gptjax.errors import RunError, UserError
+from gptjax.evals import continuations
 from gptjax.evals.continuations import Continuation, encode, score, scores
 from gptjax.runtime_config import ComputeConfig
 
@@ -47,13 +50,34 @@ def test_texts_are_padded_to_few_lengths_the_longest_first(found_scores):
     """Each is a compilation."""
     seen = []
 
-    def counted(windows, weights):
-        seen.append(weights.shape[1])
-        return found_scores(windows, weights)
+    def counted(windows, places):
+        seen.append((windows.shape[1] - 1, places.shape[1]))
+        return found_scores(windows, places)
 
     texts = [Continuation(TOKENS[:1], TOKENS[:n]) for n in (16, 2, 29, 17)]
     score(counted, texts, CONFIG, batch_size=1)
-    assert seen == [32, 32, 16, 16]
+    assert seen == [(32, 32), (32, 32), (16, 16), (16, 16)]
+
+
+def test_logits_are_computed_where_they_count():
+    seen = []
+
+    def watched(x, output, targets, vocab_size):
+        seen.append(x.shape)
+        return head.losses_and_hits(x, output, targets, vocab_size)
+
+    with mock.patch.object(continuations, "head", types.SimpleNamespace(losses_and_hits=watched)):
+        strategy = get_strategy("pmap", jax.devices()[:1])
+        params = strategy.initialise(lambda: model.init(CONFIG, jax.random.key(0)))
+        placed = strategy.to_devices(params)
+        by_device = scores(strategy, placed, CONFIG, ComputeConfig(attention="xla"))
+        score(by_device, [Continuation(TOKENS, [3])], CONFIG, batch_size=1)
+    assert seen == [(1, 16, 16)]  # of 40 tokens
+
+
+def test_likelihoods_that_are_not_finite_are_an_error():
+    with pytest.raises(RunError, match="not finite"):
+        score(lambda *_: np.full((1, 2), np.nan), TEXTS[:1], CONFIG, batch_size=1)
 
 
 @pytest.mark.parametrize("kind", ["pmap", "fsdp"])
