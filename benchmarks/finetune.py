@@ -9,10 +9,8 @@ end.
 
 import argparse
 import json
-import os
+import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from benchmarks import prepare as prepared
 from gptjax import machine
 from gptjax.config import DataConfig
 from gptjax.data import prepare, token_files
@@ -38,9 +37,13 @@ class Times(gptjax.Callback):
     def on_phase(self, trainer, phase):
         if phase.startswith("compiling"):
             times.append(time.perf_counter())
+    def before_step(self, trainer, step):  # where the one before is done, on a CPU
+        if step > 1:
+            times.append(time.perf_counter())
     def on_step(self, trainer, row):
-        times.append(time.perf_counter())
         losses.append(row["train_loss"])
+        if row["step"] == trainer.config.max_steps:
+            times.append(time.perf_counter())
 
 config = gptjax.TrainConfig(
     model=gptjax.ModelConfig(block_size=given["block_size"], lora_rank=8 * given["lora"]),
@@ -134,22 +137,13 @@ def make_inputs(folder: Path, given: argparse.Namespace) -> None:
 
 def measure(script: str, folder: Path, settings: dict[str, Any], found: Found) -> None:
     """One process."""
-    environment = os.environ | {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(["rm", "-rf", folder / "out"], check=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", BOTH.format(script), json.dumps(settings)], cwd=folder,
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    assert process.stderr
-    errors = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(errors)
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    _, memory = prepared.measure(BOTH.format(script), folder, json.dumps(settings))
     read = json.loads((folder / "found.json").read_text())
     seconds = np.diff(read["times"]).tolist()
     found.first.append(seconds[0])
     found.step.append(statistics.median(seconds[1:]))
-    found.memory.append(usage.ru_maxrss / 2**20)
+    found.memory.append(memory)
     found.losses = read["losses"]
     print(f"{seconds[0]:.1f} s, then {found.step[-1]:.2f} s", flush=True)
 

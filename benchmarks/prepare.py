@@ -72,13 +72,13 @@ def write_text(path: Path, size: int) -> None:
                 written += file.write(row)
 
 
-def measure(script: str, folder: Path) -> tuple[float, float]:
-    """(seconds, peak GiB of its largest process)."""
+def measure(script: str, folder: Path, *arguments: str) -> tuple[float, float]:
+    """(seconds, peak GiB of its largest process) of a Python script in `folder`."""
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}
     (folder / "script.py").write_text(script)
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "script.py"], cwd=folder, env=environment,
+        [sys.executable, "script.py", *arguments], cwd=folder, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr
