@@ -32,9 +32,12 @@ def sinusoids(block_size: int, n_embd: int) -> np.ndarray:
     return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(block_size, n_embd).astype("f4")
 
 
-def document_positions(tokens: jax.Array, eot: int) -> jax.Array:
+def document_positions(tokens: jax.Array, eot: int | None) -> jax.Array | None:
     """int32 [B, T]: each token's position in its document. The end-of-text token that separates two
-    documents counts as the beginning of the second, whose first token it predicts."""
+    documents counts as the beginning of the second, whose first token it predicts. `eot` None:
+    None, as `model.apply` takes it."""
+    if eot is None:
+        return None
     number = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     return number - jax.lax.cummax(jnp.where(tokens == eot, number, 0), axis=1)
 

@@ -34,7 +34,7 @@ from gptjax.train_step import TrainState
 NOT_IN_WEIGHTS = {"dropout", "dtype"}
 """What weights do not fix, besides a context that may be shorter than theirs."""
 
-ADAPTERS = {"lora_rank", "lora_alpha", "lora_targets"}
+ADAPTER_SETTINGS = {"lora_rank", "lora_alpha", "lora_targets"}
 """What is not adopted either: those of other weights are in their kernels."""
 
 
@@ -50,7 +50,7 @@ def adopt(wanted: ModelConfig, weights: ModelConfig) -> ModelConfig:
         if name == "block_size" and given:
             if value > theirs:
                 problems.append(f"model.block_size {value} exceeds the weights' {theirs}")
-        elif name not in NOT_IN_WEIGHTS | ADAPTERS:
+        elif name not in NOT_IN_WEIGHTS | ADAPTER_SETTINGS:
             if given and value != theirs and value is not None:
                 problems.append(f"model.{name} {value} is not the weights' {theirs}")
             fields[name] = theirs

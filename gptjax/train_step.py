@@ -71,7 +71,7 @@ def loss(
     that follows from `dropout_key` and `rows` [b]. `eot`: keep apart the documents that this
     end-of-text token separates."""
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    positions = None if eot is None else document_positions(inputs, eot)
+    positions = document_positions(inputs, eot)
     x, output, _ = features(
         config, params, inputs, compute=compute, dropout_key=dropout_key, rows=rows,
         positions=positions,
@@ -186,6 +186,6 @@ def eval_step(
     """float32 [b]: for each of int32 windows [b, T + 1] the weighted sum of its targets' nats;
     weights [b, T] are 1 for targets that count, 0 for padding and context. `eot`: as of `loss`."""
     inputs = windows[:, :-1]
-    positions = None if eot is None else document_positions(inputs, eot)
+    positions = document_positions(inputs, eot)
     x, output, _ = features(config, params, inputs, compute=compute, positions=positions)
     return (head.losses(x, output, windows[:, 1:], config.vocab_size) * weights).sum(-1)

@@ -258,12 +258,13 @@ class Trainer:
         if first < last and not self.stopped_by and not self.stopped_early:
             with Prefetch(self.batch, last) as batches:
                 self._take_steps(first, last, batches)
-        if self.best_val_loss is not None and not self.stopped_by:
+        if self.evaluations_since_best and not self.stopped_by:
             self._note_how_it_ended()
         self._call("on_end")
 
     def _note_how_it_ended(self) -> None:
-        """Where it was before the last step, or all was in vain."""
+        """Where it was before the last step, or all was in vain: the last evaluation was not the
+        best one. (Else there is nothing to wait for.)"""
         self.checkpoints.wait()
         best = self.checkpoints.candidates("best")[0]
         if self.stopped_early:

@@ -10,12 +10,14 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 from gptjax import files
 from gptjax.errors import UserError, quoted
+
+T = TypeVar("T")
 
 TABLES = (".parquet", ".arrow", ".feather")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
@@ -96,6 +98,20 @@ def rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
     if empty:
         raise UserError(f"{path} is empty; expected one JSON object a line")
+
+
+def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T], what: str) -> list[T]:
+    """`parse` of each of `rows`. UserError as `read`, or where `parse` raises it, or one of
+    `MISSING` for what is not `what`."""
+    found = []
+    for where, row in rows(path):
+        try:
+            found.append(parse(row))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except MISSING:
+            raise UserError(f"{where} is not {what}") from None
+    return found
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Any]]:

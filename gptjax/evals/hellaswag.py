@@ -15,7 +15,6 @@ import numpy as np
 from gptjax.config import ModelConfig
 from gptjax.data import readers
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.errors import UserError
 from gptjax.evals import continuations
 from gptjax.evals.continuations import Continuation, Scores
 
@@ -71,21 +70,16 @@ def read_questions(path: Path, tokenizer: Tokenizer, style: Style = "completion"
     """The questions of a file with the fields of the public one, as JSON lines or a table.
     UserError: it cannot be read, an object has not these fields, or has characters that the
     tokenizer does not know."""
-    questions = []
-    for where, row in readers.rows(path):
-        try:
-            endings, label = row["endings"], int(str(row["label"]))
-            if not (isinstance(endings, list) and len(endings) == ENDINGS and 0 <= label < ENDINGS):
-                raise ValueError
-            ask = _completion if style == "completion" else _harness
-            questions.append(ask(row, endings, label, tokenizer))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except readers.MISSING:
-            raise UserError(
-                f"{where} is not a HellaSwag question: expected {FIELDS[style]}"
-            ) from None
-    return questions
+    ask = _completion if style == "completion" else _harness
+
+    def parse(row: dict[str, Any]) -> Question:
+        endings, label = row["endings"], int(str(row["label"]))
+        if not (isinstance(endings, list) and len(endings) == ENDINGS and 0 <= label < ENDINGS):
+            raise ValueError
+        return ask(row, endings, label, tokenizer)
+
+    what = f"a HellaSwag question: expected {FIELDS[style]}"
+    return readers.parse_rows(path, parse, what)
 
 
 def _completion(row: Any, endings: list[str], label: int, tokenizer: Tokenizer) -> Question:

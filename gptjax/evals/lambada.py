@@ -4,12 +4,11 @@ whole of it tells. Asked as in lm-evaluation-harness (`lambada_openai`)."""
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptjax.config import ModelConfig
 from gptjax.data import readers
 from gptjax.data.tokenizers import Tokenizer
-from gptjax.errors import UserError
 from gptjax.evals import continuations
 from gptjax.evals.continuations import Continuation, Scores
 
@@ -34,20 +33,15 @@ class LambadaResult(NamedTuple):
 def read_passages(path: Path, tokenizer: Tokenizer) -> list[Continuation]:
     """The `text` of each line of JSON, or row; its last word follows the last space. UserError: it
     cannot be read, a passage has one word only, or characters that the tokenizer does not know."""
-    passages = []
-    for where, row in readers.rows(path):
-        try:
-            before, _, word = readers.of_row(row, "text").rpartition(" ")
-            if not (before.strip() and word):
-                raise ValueError
-            passages.append(continuations.encode(tokenizer, before, " " + word))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except readers.MISSING:
-            raise UserError(
-                f"{where} is not a LAMBADA passage: expected a `text` of several words"
-            ) from None
-    return passages
+
+    def parse(row: dict[str, Any]) -> Continuation:
+        before, _, word = readers.of_row(row, "text").rpartition(" ")
+        if not (before.strip() and word):
+            raise ValueError
+        return continuations.encode(tokenizer, before, " " + word)
+
+    what = "a LAMBADA passage: expected a `text` of several words"
+    return readers.parse_rows(path, parse, what)
 
 
 def evaluate_passages(
